@@ -1,0 +1,158 @@
+"""Checkpoints that survive being killed, and the run folder they live in.
+
+A run folder holds tokenizer.tiktoken, <stage>/step_N.pt, metrics.jsonl and the report. A checkpoint is
+written to a temporary file, synced, and renamed; its last 32 bytes are the SHA-256 of the rest. It holds
+full-precision weights and the optimizer's state, so resuming is exact.
+
+    python checkpoint.py --run runs/demo     # lists what the run holds and verifies every checkpoint
+"""
+
+import dataclasses
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+
+import torch
+
+import cli
+from cli import InputError
+from compass import Compass, CompassConfig
+
+# in training order; the command that makes each stage
+STAGES = {
+    "general": "python train.py", "anneal": "python train.py --stage anneal", "long": "python train.py --stage long",
+    "sft1": "python sft.py", "sft2": "python sft.py --stage sft2",
+}  # fmt: skip
+KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
+
+
+def write_atomically(path, content):
+    """Write bytes so that `path` is always either the old file or the whole new one."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise InputError(f"{path}: could not be written ({error.strerror}); the earlier checkpoints are intact") from None
+
+
+def save_checkpoint(path, model, *, optimizer=None, step=0, stage="", tokenizer_hash="", seed=0):
+    """Save model, config, optimizer and where the run stands; see `load_checkpoint`."""
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "model": model.state_dict(), "config": dataclasses.asdict(model.config),
+            "optimizer": optimizer.state_dict() if optimizer else None,
+            "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
+        },
+        buffer,
+    )  # fmt: skip
+    payload = buffer.getvalue()
+    write_atomically(path, payload + hashlib.sha256(payload).digest())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, stage, tokenizer_hash, seed.
+
+    Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path} not found")
+    with open(path, "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise InputError(f"{path} is torn or foreign: its checksum does not match its content")
+    return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+
+
+def checkpoints(run, stage):
+    """Paths of a stage's checkpoints, newest first."""
+    found = glob.glob(os.path.join(glob.escape(run), stage, "step_*.pt"))
+    numbered = [(int(m[1]), path) for path in found if (m := re.search(r"step_(\d+)\.pt$", path))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def load_latest(run, stage, device="cpu"):
+    """The newest intact checkpoint of a stage; torn ones are named and passed over."""
+    paths = checkpoints(run, stage)
+    for path in paths:
+        try:
+            return load_checkpoint(path, device)
+        except InputError as error:
+            print(f"{error}; trying the one before it")
+    problem = "holds no intact checkpoint" if paths else "not found"
+    raise InputError(f"{run}/{stage} {problem}: run `{STAGES.get(stage, 'python train.py')} --run {run}` first")
+
+
+def latest_stage(run):
+    """The last stage in training order that has a checkpoint."""
+    done = [stage for stage in STAGES if checkpoints(run, stage)]
+    if not done:
+        raise InputError(f"{run} holds no checkpoint: run `python train.py --run {run}` first")
+    return done[-1]
+
+
+def load_model(state, device="cpu", **changes):
+    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly."""
+    model = Compass(CompassConfig(**{**state["config"], **changes}))
+    model.load_state_dict(state["model"])
+    return model.to(device)
+
+
+def inherit(state, tokenizer):
+    """Print what a later stage takes over; refuse another tokenizer than the one the weights were trained with."""
+    if state["tokenizer_hash"] != tokenizer.hash:
+        raise InputError(
+            f"the tokenizer (hash {tokenizer.hash[:12]}) is not the one that {state['stage']} was trained with "
+            f"({state['tokenizer_hash'][:12]}); retrain, or put the old tokenizer back"
+        )
+    c = state["config"]
+    print(
+        f"inherited from {state['stage']} step {state['step']}: {c['n_layers']} layers, dim {c['dim']}, {c['n_experts']} experts "
+        f"top-{c['top_k']} +{c['n_shared']}, context {c['max_seq_len']}, RoPE base {c['rope_base']:g}, tokenizer {tokenizer.hash[:12]}"
+    )
+
+
+def prune(run, stage):
+    """Delete all but the newest KEEP checkpoints of a stage."""
+    for path in checkpoints(run, stage)[KEEP:]:
+        os.remove(path)
+
+
+def read_metrics(run):
+    """The objects of metrics.jsonl; a last line torn by a kill is left out."""
+    path = os.path.join(run, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("}\n")]
+
+
+def rewind_metrics(run, stage, step):
+    """Drop a stage's entries from `step` on, so that a resumed run writes each step once."""
+    kept = [entry for entry in read_metrics(run) if entry["stage"] != stage or entry.get("step", 0) < step]
+    lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomically(os.path.join(run, "metrics.jsonl"), lines.encode())
+
+
+def main():
+    args = cli.parse(__doc__, "run")
+    for stage in STAGES:
+        for path in checkpoints(args.run, stage):
+            state = load_checkpoint(path)
+            parameters = sum(t.numel() for t in state["model"].values())
+            print(f"{path}: intact, {parameters / 1e6:.2f}M parameters, seed {state['seed']}, {os.path.getsize(path) / 1e6:.1f} MB")
+    print(f"newest stage: {latest_stage(args.run)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,69 @@
+"""The one vocabulary of command-line flags, and the one way in which bad input ends a script.
+
+Every script asks `parse` for the flags it understands, so `--run` means the same folder and
+`--seed` the same thing everywhere. Scripts end with `run(main)`: input that a user can mend
+(an `InputError`, a missing file, a full disk) becomes one line on stderr and exit code 2;
+anything else is our bug and keeps its traceback.
+"""
+
+import argparse
+import os
+import sys
+
+FLAGS = {
+    "config": dict(default="tiny", help="model size: a name in compass.CONFIGS"),
+    "data": dict(default=None, help="folder of .txt/.jsonl files (default: the embedded marketplace)"),
+    "run": dict(default="runs/demo", help="run folder: tokenizer, checkpoints, metrics, report"),
+    "stage": dict(help="which stage of the script to run"),
+    "steps": dict(type=int, default=None, help="optimizer steps (default: the stage's recipe)"),
+    "resume": dict(action="store_true", help="go on from the last checkpoint; skip finished stages"),
+    "device": dict(default="auto", help="auto, cpu or cuda"),
+    "seed": dict(type=int, default=0, help="seed of initialisation, data order and sampling"),
+}
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the file, line, field or tensor."""
+
+
+def parse(doc, *names, argv=None, **extra):
+    """Parse the shared flags `names`; `extra` maps a flag to add or change to its argparse settings."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names:
+        parser.add_argument(f"--{name}", **{**FLAGS[name], **extra.pop(name, {})})
+    for name, settings in extra.items():
+        parser.add_argument(f"--{name}", **settings)
+    args = parser.parse_args(argv)
+    if getattr(args, "steps", None) is not None and args.steps < 1:
+        parser.error(f"--steps is {args.steps}, must be at least 1")
+    return args
+
+
+def pick_device(name):
+    """Return the torch.device for `--device` and print it with the reason."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU; use --device cpu")
+    if name == "auto":
+        name, why = ("cuda", "a GPU is visible") if torch.cuda.is_available() else ("cpu", "no GPU is visible")
+    else:
+        why = "asked for"
+    dtype = "bf16 autocast, fp32 weights" if name == "cuda" else f"fp32, {torch.get_num_threads()} threads"
+    print(f"device {name} ({why}), {dtype}")
+    return torch.device(name)
+
+
+def run(main):
+    """Call `main()`; end with exit code 2 and one line on stderr when the user can mend the cause."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)

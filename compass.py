@@ -1,0 +1,339 @@
+"""Compass: the model and its configs (v2 §2.2; v3 for MTP and the few-large-experts shape).
+
+A pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, mixture of experts, untied
+embedding and head. Packed documents never see each other, and the loss never holds the logits of
+a whole batch, so that a 180k vocabulary fits.
+
+Shapes: B rows, T tokens, D model width, H query heads, G key/value heads, C head width, V vocabulary,
+N = B*T, E experts, K experts per token, L layers.
+
+    python compass.py                  # the table of configs, counted from modules on the meta device
+    python train.py --config v2_30b    # the full size; see the README for nodes
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import cli
+from cli import InputError
+from moe import MoE, SwiGLU, load_balancing_loss, router_z_loss
+
+
+@dataclasses.dataclass
+class CompassConfig:
+    """Sizes of one model. Raises InputError (a ValueError) naming the field when a value makes no sense."""
+
+    n_layers: int
+    dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_experts: int
+    top_k: int
+    n_shared: int
+    expert_dim: int
+    vocab_size: int
+    max_seq_len: int  # context of the general stage, in tokens
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    aux_weight: float = 0.01  # alpha of L_aux, before decay
+    z_weight: float = 0.001  # beta of L_z, before decay
+    mtp_depth: int = 0  # multi-token-prediction blocks (v3)
+    mtp_weight: float = 0.1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("n_shared", "aux_weight", "z_weight", "mtp_depth", "mtp_weight") else 1e-12
+            if not isinstance(value, (int, float)) or value < least:
+                raise InputError(f"config field {field.name} is {value!r}, must be a number of at least {least:.0f}")
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"config field n_kv_heads is {self.n_kv_heads}, must divide n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"config field head_dim is {self.head_dim}, must be even (rotary pairs)")
+        if self.top_k > self.n_experts:
+            raise InputError(f"config field top_k is {self.top_k}, more than n_experts {self.n_experts}")
+
+
+CONFIGS = {
+    "tiny": CompassConfig(3, 128, 4, 2, 32, 16, 4, 2, 64, 4096, 256),
+    "tiny_v3": CompassConfig(3, 128, 4, 2, 32, 8, 2, 1, 128, 4096, 256, mtp_depth=1),
+    "small": CompassConfig(16, 1024, 16, 4, 64, 48, 4, 2, 384, 64_000, 4096),
+    "v2_30b": CompassConfig(30, 3072, 24, 6, 128, 48, 4, 2, 2048, 180_000, 4096),
+    # v3 publishes totals, experts and top-k; depth and widths here are one solution of those totals
+    "v3_245b": CompassConfig(64, 8192, 128, 8, 128, 16, 2, 2, 7904, 180_000, 8192, mtp_depth=1),
+}
+
+
+def config_named(name):
+    if name not in CONFIGS:
+        raise InputError(f"--config {name!r} is not one of {', '.join(CONFIGS)}")
+    return CONFIGS[name]
+
+
+class Losses(NamedTuple):
+    """total = lm + alpha aux + beta z + mtp_weight mtp, all scalars; load_LE is each expert's share of assignments."""
+
+    total: torch.Tensor
+    lm: torch.Tensor
+    aux: torch.Tensor
+    z: torch.Tensor
+    mtp: torch.Tensor
+    load_LE: torch.Tensor
+
+
+def rope_table(positions_BT, head_dim, base):
+    """cos and sin, each (B, 1, T, C/2), of position * base^(-2i/C) in fp32."""
+    i = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
+    angles = positions_BT.unsqueeze(1).unsqueeze(-1).float() * base ** (-i / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_BHTC, cos, sin):
+    """Rotate the pairs (x_i, x_{i+C/2}) by their angles; scores then depend on distance only."""
+    a, b = x_BHTC.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTC.dtype)
+
+
+def document_mask(doc_ids_BT):
+    """Causal within each document. A BlockMask for flex_attention on a GPU, elsewhere a (B, 1, T, T) bool."""
+    B, T = doc_ids_BT.shape
+    if doc_ids_BT.is_cuda:
+        return create_block_mask(
+            lambda b, h, q, k: (q >= k) & (doc_ids_BT[b, q] == doc_ids_BT[b, k]), B, None, T, T, doc_ids_BT.device
+        )
+    same_BTT = doc_ids_BT.unsqueeze(2) == doc_ids_BT.unsqueeze(1)
+    return same_BTT.tril().unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key/value heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.H, self.G, self.C = config.n_heads, config.n_kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.dim, (self.H + 2 * self.G) * self.C, bias=False)
+        self.out = nn.Linear(self.H * self.C, config.dim, bias=False)
+
+    def forward(self, x_BTD, rope, mask, cache=None, layer=None):
+        B, T, _ = x_BTD.shape
+        heads = self.qkv(x_BTD).view(B, T, self.H + 2 * self.G, self.C).transpose(1, 2)
+        q_BHTC, k_BGTC, v_BGTC = heads.split((self.H, self.G, self.G), dim=1)
+        q_BHTC, k_BGTC = apply_rope(q_BHTC, *rope), apply_rope(k_BGTC, *rope)
+        if cache is not None:
+            k_BGTC, v_BGTC = cache.update(layer, k_BGTC, v_BGTC)
+        if isinstance(mask, BlockMask):
+            y_BHTC = flex_attention(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
+        else:
+            y_BHTC = F.scaled_dot_product_attention(
+                q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+        return self.out(y_BHTC.transpose(1, 2).reshape(B, T, self.H * self.C))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward is MoE, or dense in MTP blocks."""
+
+    def __init__(self, config, dense=False):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        width = (config.top_k + config.n_shared) * config.expert_dim
+        self.feed_forward = SwiGLU(config.dim, width) if dense else MoE(config)
+
+    def forward(self, x_BTD, rope, mask, cache=None, layer=None):
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache, layer)
+        y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        y_BTD, *routing = y_BTD if isinstance(y_BTD, tuple) else (y_BTD,)
+        return x_BTD + y_BTD, routing
+
+
+class MTPBlock(nn.Module):
+    """One depth of multi-token prediction (v3): previous hidden state and a later token's embedding in, one block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.hidden_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.token_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.block = Block(config, dense=True)
+
+    def forward(self, h_BTD, embedded_BTD, rope, mask):
+        joined = torch.cat((self.hidden_norm(h_BTD), self.token_norm(embedded_BTD)), dim=-1)
+        return self.block(self.join(joined), rope, mask)[0]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """sum_n w_n * -log softmax(h_n W^T)[target_n], a chunk of rows at a time; gradients are made in the forward."""
+
+    @staticmethod
+    def forward(ctx, h_ND, head_VD, target_N, weight_N, rows):
+        loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dh_ND = torch.empty_like(h_ND) if needs_grad else None
+        dhead_VD = torch.zeros_like(head_VD) if needs_grad else None
+        for start in range(0, len(h_ND), rows):
+            h, target, weight = (t[start : start + rows] for t in (h_ND, target_N, weight_N))
+            probs = (h @ head_VD.to(h.dtype).T).float()  # logits; they become probabilities in place
+            picked = probs.gather(1, target.unsqueeze(1)).squeeze(1)
+            largest = probs.amax(1)
+            sums = probs.sub_(largest.unsqueeze(1)).exp_().sum(1)
+            loss += ((sums.log() + largest - picked) * weight).sum()
+            if needs_grad:  # d loss / d logits = w (softmax - onehot)
+                probs.div_(sums.unsqueeze(1))
+                probs.scatter_add_(1, target.unsqueeze(1), probs.new_full((len(h), 1), -1.0))
+                grad = probs.mul_(weight.unsqueeze(1)).to(h.dtype)
+                dh_ND[start : start + rows] = grad @ head_VD.to(h.dtype)
+                dhead_VD.addmm_(grad.T.to(head_VD.dtype), h.to(head_VD.dtype))
+        ctx.save_for_backward(dh_ND, dhead_VD)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh_ND, dhead_VD = ctx.saved_tensors
+        return dh_ND * grad.to(dh_ND.dtype), dhead_VD * grad, None, None, None
+
+
+def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=512):
+    """Weighted mean cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head."""
+    use_N = weight_N > 0
+    h_ND, target_N, weight_N = h_ND[use_N], target_N[use_N], weight_N[use_N].float()
+    total = weight_N.sum().clamp_min(1e-9)
+    return _ChunkedCrossEntropy.apply(h_ND, head_VD, target_N, weight_N, rows) / total
+
+
+class Compass(nn.Module):
+    """The whole model; `CONFIGS` holds its sizes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.router_scale = 1.0  # decays alpha and beta; set by train.fit from the schedule
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_depth))
+        init_weights(self, config.n_layers)
+
+    def hidden(self, tokens_BT, *, doc_ids_BT=None, positions_BT=None, cache=None):
+        """Return (h_BTD before the final norm, [(logits_NE, index_NK) per layer], rope, mask)."""
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        rope = rope_table(positions_BT, self.config.head_dim, self.config.rope_base)
+        if cache is not None:
+            mask = cache.advance(positions_BT)
+        else:
+            mask = None if doc_ids_BT is None else document_mask(doc_ids_BT)
+        x_BTD, routing = self.embedding(tokens_BT), []
+        for layer, block in enumerate(self.blocks):
+            x_BTD, routed = block(x_BTD, rope, mask, cache, layer)
+            routing.append(routed)
+        return x_BTD, routing, rope, mask
+
+    def forward(self, tokens_BT, *, doc_ids_BT=None, positions_BT=None, cache=None):
+        """tokens_BT (int64) -> logits_BTV.
+
+        doc_ids_BT: which packed document each token belongs to, -1 for padding; tokens see only their own
+        document. positions_BT: rotary positions (default 0..T-1). cache: a generate.KVCache.
+        """
+        h_BTD, *_ = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT, cache=cache)
+        return self.head(self.norm(h_BTD))
+
+    def loss(self, tokens_BT, targets_BT, weights_BT=None, *, doc_ids_BT=None, positions_BT=None):
+        """Losses of one batch (v2 §2.2). targets_BT[t] is the token after tokens_BT[t], already shifted.
+
+        weights_BT (default ones) weighs each target; padding (doc_ids -1) never counts. lm is the
+        weighted mean in nats; aux and z are means over layers.
+        """
+        h_BTD, routing, rope, mask = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT)
+        valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if doc_ids_BT is None else doc_ids_BT >= 0
+        weights_BT = valid_BT.float() if weights_BT is None else weights_BT * valid_BT
+        lm = self._cross_entropy(h_BTD, targets_BT, weights_BT)
+        aux, z, load_LE = self._router_losses(routing, valid_BT.reshape(-1))
+        mtp = self._mtp_loss(h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask)
+        c = self.config
+        total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + c.mtp_weight * mtp
+        return Losses(total, lm, aux, z, mtp, load_LE)
+
+    def _cross_entropy(self, h_BTD, targets_BT, weights_BT):
+        h_ND = self.norm(h_BTD).flatten(0, 1)
+        return chunked_cross_entropy(h_ND, self.head.weight, targets_BT.reshape(-1), weights_BT.reshape(-1))
+
+    def _router_losses(self, routing, valid_N):
+        aux, z, load = [], [], []
+        everything = bool(valid_N.all())
+        for logits_NE, index_NK in routing:
+            if not everything:
+                logits_NE, index_NK = logits_NE[valid_N], index_NK[valid_N]
+            aux.append(load_balancing_loss(logits_NE.softmax(-1), index_NK, self.config.n_experts))
+            z.append(router_z_loss(logits_NE))
+            count_E = torch.bincount(index_NK.reshape(-1), minlength=self.config.n_experts)
+            load.append(count_E / count_E.sum())
+        return torch.stack(aux).mean(), torch.stack(z).mean(), torch.stack(load)
+
+    def _mtp_loss(self, h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask):
+        """Mean over depths; depth k sees token t+k and predicts token t+k+1 of the same document."""
+        losses = [h_BTD.new_zeros(())]
+        for k, block in enumerate(self.mtp, 1):
+            h_BTD = block(h_BTD, self.embedding(tokens_BT.roll(-k, 1)), rope, mask)
+            weights = weights_BT.roll(-k, 1)
+            weights[:, -k:] = 0
+            if doc_ids_BT is not None:
+                weights = weights * (doc_ids_BT == doc_ids_BT.roll(-k, 1))
+            losses.append(self._cross_entropy(h_BTD, targets_BT.roll(-k, 1), weights))
+        return torch.stack(losses).sum() / max(1, len(self.mtp))
+
+
+def init_weights(module, n_layers):
+    """Normal with std 1/sqrt(fan_in); matrices that write to the residual stream smaller by sqrt(2L).
+
+    std 0.02 at every width, the common choice, learns to copy from the context far later at small widths.
+    """
+    for name, p in module.named_parameters():
+        if p.dim() < 2:
+            nn.init.ones_(p)
+            continue
+        fan_in = p.shape[1]  # (out, in) of nn.Linear and (E, in, out) of experts alike
+        std = fan_in**-0.5
+        if name.endswith(("out.weight", "down.weight", "down_EFD")):
+            std /= (2 * n_layers) ** 0.5
+        nn.init.normal_(p, std=1.0 if "embedding" in name else std)
+
+
+def count_parameters(config):
+    """(total, active per token), counted on a module built on the meta device; MTP blocks are left out."""
+    with torch.device("meta"):
+        model = Compass(config)
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
+    idle = config.n_layers * (config.n_experts - config.top_k) * 3 * config.dim * config.expert_dim
+    return total, total - idle
+
+
+def main():
+    cli.parse(__doc__)
+    print(f"{'config':8} {'layers':>6} {'dim':>5} {'heads/kv x hd':>14} {'experts':>22} {'vocab':>7}      total /   active")
+    for name, c in CONFIGS.items():
+        total, active = count_parameters(c)
+        heads, experts = f"{c.n_heads}/{c.n_kv_heads} x {c.head_dim}", f"{c.n_experts} top-{c.top_k} +{c.n_shared} x {c.expert_dim}"
+        unit, scale = ("B", 1e9) if total > 5e8 else ("M", 1e6)
+        print(f"{name:8} {c.n_layers:6} {c.dim:5} {heads:>14} {experts:>22} {c.vocab_size:7} {total / scale:9.2f}{unit} / {active / scale:7.2f}{unit}")
+    c = CONFIGS["v2_30b"]
+    attention = 2 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim
+    expert = 3 * c.dim * c.expert_dim
+    rest = c.dim * c.n_experts + 2 * c.dim
+    print(
+        f"\nv2_30b by hand: {c.n_layers} layers x (attention {attention / 1e6:.2f}M + {c.n_experts}+{c.n_shared} experts x "
+        f"{expert / 1e6:.2f}M + router and norms {rest / 1e6:.2f}M)\n  + embedding and head 2 x {c.vocab_size * c.dim / 1e6:.2f}M; "
+        f"active per token: {c.top_k}+{c.n_shared} experts instead of {c.n_experts}+{c.n_shared}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

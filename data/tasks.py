@@ -1,0 +1,183 @@
+"""E-commerce and general tasks over the synthetic marketplace, for tuning and for evaluation (v2 §3.1, §5.2).
+
+Nine of the report's twelve e-commerce categories and general mathematics, in eight languages. A task is
+{"id", "task", "lang", "messages", "answer", "scorer", "choices"?, "think"?}; "think" is the reference
+chain of thought. Where a question is about a text, the message is the text, a blank line, the question:
+this is how the baseline without the text knows what to cut. Test tasks use products and phrasings
+that never occur in training.
+
+    python -m data.tasks                        # two samples of every task
+    python -m data.tasks --out tasks --seed 1   # tasks/train.jsonl and tasks/test.jsonl
+"""
+
+import json
+import os
+import random
+
+import cli
+from data import market
+from data.market import LANGUAGES, draw_product, lexicon, money, page
+
+YES_NO = ("yes", "no")
+
+
+def ask(lang, rng, split, kind, **words):
+    return rng.choice(lexicon(lang)["questions"][kind][split]).format(**words)
+
+
+def about(text, question):
+    return [{"role": "user", "content": f"{text}\n\n{question}"}]
+
+
+def lookup(kinds):
+    """A task that asks for one of the product's fields, given its page."""
+
+    def make(lang, rng, split):
+        product, kind = draw_product(rng, split), rng.choice(kinds)
+        return {
+            "messages": about(page(product, lang, rng, split), ask(lang, rng, split, kind)),
+            "answer": product.words(lang)[kind],
+        }
+
+    return make
+
+
+def classification(lang, rng, split):
+    return {**lookup(("category",))(lang, rng, split), "choices": list(lexicon(lang)["categories"].values())}
+
+
+def dialogue(lang, rng, split):
+    """Two turns about one page; the second question is to be answered."""
+    product = draw_product(rng, split)
+    first, second = rng.sample(("price", "stock", "city", "colour"), 2)
+    words = product.words(lang)
+    messages = about(page(product, lang, rng, split), ask(lang, rng, split, first))
+    messages += [
+        {"role": "assistant", "content": words[first]},
+        {"role": "user", "content": ask(lang, rng, split, second)},
+    ]
+    return {"messages": messages, "answer": words[second]}
+
+
+def recommendation(lang, rng, split):
+    """Three listed products of different colours; name the one of the wanted colour."""
+    products = [draw_product(rng, split)]
+    while len(products) < 3:
+        product = draw_product(rng, split)
+        if product.colour not in {p.colour for p in products}:
+            products.append(product)
+    lex, wanted = lexicon(lang), rng.choice(products)
+    listing = "\n".join([lex["catalogue"], *(lex["listing"].format(**p.words(lang)) for p in products)])
+    question = ask(lang, rng, split, "recommend", colour=lex["colours"][wanted.colour])
+    return {"messages": about(listing, question), "answer": wanted.name}
+
+
+def numerical_reasoning(lang, rng, split):
+    product, n = draw_product(rng, split), rng.randint(2, 9)
+    steps = market.steps_product(product.price, n)
+    return {
+        "messages": about(page(product, lang, rng, split), ask(lang, rng, split, "total", n=n)),
+        "answer": money(product.price * n, lang),
+        "scorer": "number",
+        "think": lexicon(lang)["thoughts"]["total"].format(unit=money(product.price, lang), steps=steps),
+    }
+
+
+def matching(lang, rng, split):
+    """Does the query fit the product? Negatives differ in type or, harder, in colour only."""
+    product, lex, match = draw_product(rng, split), lexicon(lang), rng.random() < 0.5
+    words = product.words(lang)
+    if not match:
+        key = rng.choice(("type", "colour"))
+        others = [word for word in lex[market.FIELDS[key]].values() if word != words[key]]
+        words[key] = rng.choice(others)
+    question = ask(lang, rng, split, "match", query=lex["query"].format(**words))
+    answers = [lex[word] for word in YES_NO]
+    return {
+        "messages": about(page(product, lang, rng, split), question),
+        "answer": answers[0] if match else answers[1],
+        "choices": answers,
+    }
+
+
+def review_understanding(lang, rng, split):
+    """Sentiment of a one-sided review, or the aspect a mixed review complains about."""
+    product, lex = draw_product(rng, split), lexicon(lang)
+    if rng.random() < 0.5:
+        polarity = rng.choice(("praise", "complaint"))
+        text, _ = market.review(product, lang, rng, split, (polarity, polarity))
+        kind, choices = "sentiment", [lex["positive"], lex["negative"]]
+        answer = choices[polarity == "complaint"]
+    else:
+        polarities = rng.sample(("praise", "complaint"), 2)
+        text, aspects = market.review(product, lang, rng, split, polarities)
+        kind, choices = "complaint", list(lex["aspects"].values())
+        answer = lex["aspects"][aspects[polarities.index("complaint")]]
+    return {"messages": about(text, ask(lang, rng, split, kind)), "answer": answer, "choices": choices}
+
+
+def query_rewriting(lang, rng, split):
+    product = draw_product(rng, split)
+    noisy = market.noisy_query(product, lang, rng, split)
+    return {
+        "messages": about(noisy, ask(lang, rng, split, "rewrite")),
+        "answer": market.clean_query(product, lang),
+    }
+
+
+def mathematics(lang, rng, split):
+    """Sums of two-digit numbers; the pairs of the two worlds are disjoint."""
+    while True:
+        a, b = rng.randint(11, 99), rng.randint(11, 99)
+        if ((a * 31 + b) % 10 == 0) == (split == "test"):
+            break
+    return {
+        "messages": [{"role": "user", "content": ask(lang, rng, split, "sum", a=a, b=b)}],
+        "answer": str(a + b),
+        "scorer": "number",
+        "think": lexicon(lang)["thoughts"]["sum"].format(steps=market.steps_sum(a, b)),
+    }
+
+
+TASKS = {
+    "product_info": lookup(("brand", "city")),
+    "attribute_extraction": lookup(("colour", "material")),
+    "classification": classification,
+    "recommendation": recommendation,
+    "numerical_reasoning": numerical_reasoning,
+    "matching": matching,
+    "review_understanding": review_understanding,
+    "query_rewriting": query_rewriting,
+    "dialogue": dialogue,
+    "mathematics": mathematics,
+}
+
+
+def tasks(split, seed, per_task):
+    """`per_task` tasks for each (task, language), as a list. Deterministic in (split, seed); test uses its own stream."""
+    made = []
+    for name, make in TASKS.items():
+        for lang in LANGUAGES:
+            rng = random.Random(f"{split}-{seed}-{name}-{lang}")
+            for i in range(per_task):
+                task = {"id": f"{split}-{name}-{lang}-{i}", "task": name, "lang": lang, "scorer": "exact"}
+                made.append({**task, **make(lang, rng, split)})
+    return made
+
+
+def main():
+    args = cli.parse(__doc__, "seed", out=dict(help="folder to write train.jsonl and test.jsonl to"))
+    if args.out is None:
+        for task in tasks("train", args.seed, 2):
+            print(json.dumps(task, ensure_ascii=False))
+        return
+    os.makedirs(args.out, exist_ok=True)
+    for split, per_task in (("train", 200), ("test", 10)):
+        with open(os.path.join(args.out, f"{split}.jsonl"), "w", encoding="utf-8") as file:
+            for task in tasks(split, args.seed, per_task):
+                file.write(json.dumps(task, ensure_ascii=False) + "\n")
+        print(f"{file.name}: {per_task} of each task and language")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,116 @@
+"""Mixture of experts (v2 §2.2): shared experts that see every token, routed experts that see their own.
+
+A router scores all experts for each token; the best K of E work on it, weighted by their renormalised
+probabilities, beside the shared experts that always do. Two small losses keep the router
+healthy: the aux loss spreads tokens over experts, the z-loss keeps the router's logits small. No token
+is ever dropped.
+
+Shapes: N tokens, D model width, E experts, K experts per token, R = N*K, F expert width.
+
+    python moe.py       # one layer on random tokens: shapes, losses, load per expert
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cli
+from kernels import permute, unpermute
+
+
+def load_balancing_loss(probs_NE, expert_index_NK, num_experts):
+    """L_aux = E * sum_i (p_i / N) (c_i / (N K)) (v2 §2.2), a scalar.
+
+    p_i is the routing probability of expert i (before top-k) summed over the N tokens, c_i the number of
+    tokens assigned to it. 1 at perfect balance; E / K when all tokens are certain of the same K.
+    """
+    p_E = probs_NE.mean(0)
+    c_E = torch.bincount(expert_index_NK.reshape(-1), minlength=num_experts).to(probs_NE.dtype)
+    return num_experts * (p_E * c_E / expert_index_NK.numel()).sum()
+
+
+def router_z_loss(logits_NE):
+    """L_z = mean_n (logsumexp_i z_ni)^2 (v2 §2.2), a scalar."""
+    return logits_NE.logsumexp(-1).square().mean()
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class MoE(nn.Module):
+    """n_experts routed SwiGLU experts, top_k of them per token, plus one SwiGLU of n_shared * expert_dim.
+
+    forward: x_BTD -> (y_BTD, logits_NE, index_NK) with N = B*T; logits are fp32, before the softmax.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.n_experts = config.top_k, config.n_experts
+        E, D, width = config.n_experts, config.dim, config.expert_dim
+        self.router = nn.Linear(D, E, bias=False)
+        self.gate_up_ED2F = nn.Parameter(torch.empty(E, D, 2 * width))
+        self.down_EFD = nn.Parameter(torch.empty(E, width, D))
+        self.shared = SwiGLU(D, config.n_shared * width) if config.n_shared else None
+
+    def route(self, x_ND):
+        """Return (logits_NE, weights_NK, index_NK), in fp32 whatever the autocast (bf16 flips near ties)."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            wide = torch.promote_types(x_ND.dtype, torch.float32)
+            logits_NE = F.linear(x_ND.to(wide), self.router.weight.to(wide))
+            probs_NK, index_NK = logits_NE.softmax(-1).topk(self.top_k, dim=-1)
+        if self.top_k > 1:  # renormalising a single probability would make it 1 and starve the router of gradient
+            probs_NK = probs_NK / probs_NK.sum(-1, keepdim=True)
+        return logits_NE, probs_NK, index_NK
+
+    def experts(self, x_RD, counts_E):
+        """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products."""
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        gate_RF, up_RF = grouped_matmul(x_RD, self.gate_up_ED2F, ends_E).chunk(2, dim=-1)
+        return grouped_matmul(F.silu(gate_RF) * up_RF, self.down_EFD, ends_E)
+
+    def forward(self, x_BTD):
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NE, weights_NK, index_NK = self.route(x_ND)
+        x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)
+        y_ND = unpermute(self.experts(x_RD, counts_E), row_of_NK, weights_NK)
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD), logits_NE, index_NK
+
+
+def grouped_matmul(x_RD, weight_EDF, ends_E):
+    """Rows ends[e-1]:ends[e] of x times weight[e] -> (R, F), in the autocast dtype where one is set."""
+    if torch.is_autocast_enabled(x_RD.device.type):
+        dtype = torch.get_autocast_dtype(x_RD.device.type)
+        x_RD, weight_EDF = x_RD.to(dtype), weight_EDF.to(dtype)
+    return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
+
+
+def main():
+    from compass import CONFIGS, init_weights
+
+    cli.parse(__doc__)
+    config = CONFIGS["tiny"]
+    torch.manual_seed(0)
+    layer = MoE(config)
+    init_weights(layer, config.n_layers)
+    x_BTD = torch.randn(4, 256, config.dim)
+    y_BTD, logits_NE, index_NK = layer(x_BTD)
+    print(f"x {tuple(x_BTD.shape)} -> y {tuple(y_BTD.shape)}, {config.n_experts} experts, top-{config.top_k}")
+    aux = load_balancing_loss(logits_NE.softmax(-1), index_NK, config.n_experts)
+    print(f"aux loss {aux.item():.3f} (1 is perfect balance), z-loss {router_z_loss(logits_NE).item():.3f}")
+    print("tokens per expert:", torch.bincount(index_NK.flatten(), minlength=config.n_experts).tolist())
+
+
+if __name__ == "__main__":
+    cli.run(main)

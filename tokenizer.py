@@ -1,0 +1,302 @@
+"""Byte-level BPE for South-East Asia: three sub-tokenizers trained apart, merged into one (v2 §2.1.3).
+
+A tokenizer trained on everything at once gives its vocabulary to whoever has the most text. Compass
+trains one BPE on its eight main languages, one on nine European ones and one on Chinese, then merges
+them: main first, then what European and Chinese add. The result is a plain tiktoken rank table, so
+encoding runs at tiktoken's speed; training is ours and is written below.
+
+    python tokenizer.py                                    # laptop: embedded data, 4k vocabulary
+    python tokenizer.py --data corpus --config v2_30b      # node: 150k + 20k + 50k merged to 180k
+"""
+
+import base64
+import binascii
+import hashlib
+import heapq
+import json
+import os
+from collections import Counter, defaultdict
+
+import regex
+import tiktoken
+
+import cli
+from cli import InputError
+
+# Words keep one leading space; combining marks stay with their letters (a bare \p{L}+ would cut Thai
+# at every vowel sign); digits are single tokens so that arithmetic sees place values.
+PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s"
+SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>")
+THINK_PROMPT = "Think step by step between <think> and </think>, then answer."
+MAIN = ("en", "zh", "id", "ms", "pt", "tl", "th", "vi")
+EUROPEAN = ("nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk")
+SUB_TOKENIZERS = {"main": (MAIN, 150), "european": (EUROPEAN, 20), "chinese": (("zh",), 50)}  # share of 180
+
+
+def characters(token):
+    """Number of characters a token starts: its bytes that are not UTF-8 continuation bytes."""
+    return sum(byte & 0xC0 != 0x80 for byte in token)
+
+
+def bpe(parts, ranks):
+    """Merge a list of bytes objects, lowest rank first and leftmost among equals, until nothing merges.
+
+    This is the encoder by merges alone. tiktoken first looks the whole chunk up and so would hide
+    a token that merges never reach.
+    """
+    while True:
+        best = min(
+            ((ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks),
+            default=None,
+        )
+        if best is None:
+            return parts
+        i = best[1]
+        parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
+
+
+def to_bytes(chunk):
+    return [bytes([byte]) for byte in chunk]
+
+
+def symbol(rank):
+    """The one character that stands for a token while training (surrogates are skipped)."""
+    return chr(rank if rank < 0xD800 else rank + 0x800)
+
+
+def train_bpe(texts, vocab_size, max_token_chars=16):
+    """Train byte-level BPE on an iterable of str; return {token bytes: rank}, the 256 bytes first.
+
+    The most frequent adjacent pair of tokens becomes a token; of equals, the pair with the smaller ranks.
+    Every word is always held as the encoder would encode it. Stops early when no pair is left to
+    merge. Raises InputError when vocab_size is below 256.
+    """
+    if vocab_size < 256:
+        raise InputError(f"vocab_size is {vocab_size}, must be at least 256 (the bytes)")
+    chunks = Counter()
+    for text in texts:
+        chunks.update(regex.findall(PATTERN, text))
+    # A word is a str with one character per token: a merge is then str.replace, a pair a two-letter str.
+    words, freqs = [chunk.encode().decode("latin-1") for chunk in chunks], list(chunks.values())
+    ranks = {bytes([i]): i for i in range(256)}
+    spelling = {symbol(i): token for token, i in ranks.items()}
+    counts, where = Counter(), defaultdict(set)  # pair -> occurrences; pair -> words that hold, or once held, it
+    for w, word in enumerate(words):
+        for pair in map(str.__add__, word, word[1:]):
+            counts[pair] += freqs[w]
+            where[pair].add(w)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+
+    def replace(w, pair, new, grown):
+        """Merge `pair` in word w; only the counts of neighbouring pairs change."""
+        word, freq = words[w], freqs[w]
+        at = word.find(pair)
+        if at < 0:
+            return
+        end = 0  # of the occurrence before; where two touch, the pair between them is subtracted once
+        while at >= 0:
+            if at > end:
+                counts[word[at - 1] + pair[0]] -= freq
+            end = at + 2
+            if end < len(word):
+                counts[pair[1] + word[end]] -= freq
+            at = word.find(pair, end)
+        merged = words[w] = word.replace(pair, new)
+        at = merged.find(new)
+        while at >= 0:
+            if at:
+                grown.add(merged[at - 1] + new)
+                counts[merged[at - 1] + new] += freq
+                where[merged[at - 1] + new].add(w)
+            if at + 1 < len(merged) and merged[at + 1] != new:
+                grown.add(new + merged[at + 1])
+                counts[new + merged[at + 1]] += freq
+                where[new + merged[at + 1]].add(w)
+            at = merged.find(new, at + 1)
+
+    def encode_again(w, grown):
+        """Bring word w to what the encoder makes of it, whatever it was."""
+        old, freq = words[w], freqs[w]
+        new = "".join(symbol(ranks[part]) for part in bpe(to_bytes(b"".join(spelling[c] for c in old)), ranks))
+        for pair in map(str.__add__, old, old[1:]):
+            counts[pair] -= freq
+        for pair in map(str.__add__, new, new[1:]):
+            counts[pair] += freq
+            where[pair].add(w)
+            grown.add(pair)
+        words[w] = new
+
+    while heap and len(ranks) < vocab_size:
+        negative, pair = heapq.heappop(heap)
+        count = counts[pair]
+        if count != -negative:  # stale: counts that grew were pushed again, counts that fell were not
+            if 0 < count < -negative:
+                heapq.heappush(heap, (-count, pair))
+            continue
+        token = spelling[pair[0]] + spelling[pair[1]]
+        if characters(token) > max_token_chars:
+            continue
+        new = symbol(len(ranks))
+        ranks[token], spelling[new] = len(ranks), token
+        # Other pairs may spell the same bytes (t+he, th+e), now or once this merge made new neighbours; a rank
+        # table cannot tell them apart, so the encoder merges them too and so do we.
+        twins = {symbol(ranks[token[:i]]) + symbol(ranks[token[i:]]) for i in range(1, len(token))
+                 if token[:i] in ranks and token[i:] in ranks} - {pair}  # fmt: skip
+        again = set().union(*(where.pop(twin) for twin in twins if counts[twin] > 0))
+        grown = set()
+        for w in where.pop(pair) - again:
+            replace(w, pair, new, grown)
+        while again:
+            for w in again:
+                encode_again(w, grown)
+            known = [p for p in grown if counts[p] > 0 and spelling[p[0]] + spelling[p[1]] in ranks]
+            again = set().union(*(where.pop(p) for p in known))
+        for p in grown:
+            heapq.heappush(heap, (-counts[p], p))
+    return ranks
+
+
+def merge_vocabularies(list_of_ranks, vocab_size):
+    """Concatenate rank tables in order, drop duplicates and unreachable tokens, renumber: {bytes: rank}.
+
+    A token that came from one table may no longer be what BPE makes of its own bytes once another
+    table's merges rank before it; such tokens would never be emitted and are dropped, again and
+    again until `bpe(token) == [token]` holds for all. The result has at most `vocab_size` tokens.
+    """
+    tokens = list(dict.fromkeys(token for ranks in list_of_ranks for token in sorted(ranks, key=ranks.get)))
+    while True:
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        kept = [token for token in tokens if bpe(to_bytes(token), ranks) == [token]]
+        if len(kept) == len(tokens) <= vocab_size:
+            return ranks
+        tokens = kept if len(kept) < len(tokens) else kept[:vocab_size]
+
+
+class Tokenizer:
+    """A rank table with our pattern and special tokens, encoding through tiktoken."""
+
+    def __init__(self, ranks, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
+        self.ranks, self.pattern = ranks, pattern
+        self.special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
+        self.encoding = tiktoken.Encoding(
+            "compass", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
+        )
+        self.n_vocab = len(ranks) + len(self.special)
+        self.hash = hashlib.sha256(self._rank_lines() + json.dumps([pattern, self.special]).encode()).hexdigest()
+
+    def _rank_lines(self):
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
+
+    def save(self, path):
+        """Write `path`/tokenizer.tiktoken (base64 token, space, rank) and tokenizer.json beside it."""
+        os.makedirs(path, exist_ok=True)
+        settings = json.dumps({"pattern": self.pattern, "special_tokens": list(self.special)}, indent=1).encode()
+        for name, content in (("tokenizer.json", settings), ("tokenizer.tiktoken", self._rank_lines())):
+            with open(os.path.join(path, name + ".tmp"), "wb") as file:
+                file.write(content)
+            os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
+
+    @classmethod
+    def load(cls, path):
+        """Load from a run folder, or from its tokenizer.tiktoken."""
+        folder = os.path.dirname(path) if path.endswith(".tiktoken") else path
+        file = os.path.join(folder, "tokenizer.tiktoken")
+        if not os.path.exists(file):
+            raise InputError(f"{file} not found: run `python tokenizer.py --run {folder}` first")
+        ranks = {}
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token, validate=True)] = int(rank)
+                except (ValueError, binascii.Error):
+                    raise InputError(f"{file}:{number}: not a rank line: {line[:60]!r}") from None
+        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+            raise InputError(f"{file}: ranks are not 0..{len(ranks) - 1} without gaps (a torn file?)")
+        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as lines:
+            settings = json.load(lines)
+        return cls(ranks, settings["pattern"], settings["special_tokens"])
+
+    def encode(self, text):
+        """Ids of `text` as ordinary text: no text can form a special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        """Text of ids; bytes that are not UTF-8 come out as U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def encode_chat(self, messages, thinking=False, full_loss=False):
+        """Render a chat (v2 §3.2); return (ids, loss_mask), two lists of equal length.
+
+        messages: [{"role": "system" | "user" | "assistant", "content": str, "think"?: str}, …]. Each turn is
+        `<|role|>content<|end|>`; a last turn that is not the assistant's is followed by `<|assistant|>`, ready
+        to generate. thinking=True adds THINK_PROMPT to the system turn and `<think>…</think>` to the
+        last answer; older thoughts are never shown. loss_mask[i] is 1 when token i is to be predicted:
+        the assistant's content and its `<|end|>`, or with full_loss every token but the first.
+        Raises InputError on an unknown role or a message without text.
+        """
+        messages = list(messages)
+        if thinking:
+            system = messages.pop(0)["content"] + "\n" if messages and messages[0]["role"] == "system" else ""
+            messages.insert(0, {"role": "system", "content": system + THINK_PROMPT})
+        ids, mask = [], []
+        for i, message in enumerate(messages):
+            role, content = message.get("role"), message.get("content")
+            if role not in ("system", "user", "assistant") or not isinstance(content, str):
+                raise InputError(f"message {i}: need a role (system, user, assistant) and text, got {message!r}")
+            body = self.encode(content) + [self.special["<|end|>"]]
+            if role == "assistant" and thinking and i == len(messages) - 1 and message.get("think"):
+                thought = self.encode(message["think"])
+                body = [self.special["<think>"], *thought, self.special["</think>"], *body]
+            ids += [self.special[f"<|{role}|>"], *body]
+            mask += [0, *[int(role == "assistant")] * len(body)]
+        if not messages or messages[-1]["role"] != "assistant":
+            ids.append(self.special["<|assistant|>"])
+            mask.append(0)
+        if full_loss:
+            mask = [0] + [1] * (len(ids) - 1)
+        return ids, mask
+
+
+def train(documents, vocab_size):
+    """Train the three sub-tokenizers on dicts with "text" and "lang" and merge them; return a Tokenizer.
+
+    Text of no stated language goes to the main part. A part without text is skipped aloud.
+    """
+    budget = vocab_size - len(SPECIAL_TOKENS)
+    texts = defaultdict(list)
+    for document in documents:
+        for part, (languages, _) in SUB_TOKENIZERS.items():
+            if document["lang"] in languages or (part == "main" and document["lang"] is None):
+                texts[part].append(document["text"])
+    if not texts:
+        raise InputError(f"no text in any of the languages {', '.join(MAIN + EUROPEAN)}")
+    tables = []
+    for part, (_, share) in SUB_TOKENIZERS.items():
+        if part not in texts:
+            print(f"sub-tokenizer {part}: no text in its languages, skipped")
+            continue
+        tables.append(train_bpe(texts[part], max(256, budget * share // 180)))
+        print(f"sub-tokenizer {part}: {len(tables[-1])} tokens")
+    ranks = merge_vocabularies(tables, budget)
+    union = len(set().union(*tables))
+    print(f"merged: {sum(map(len, tables))} tokens, {union} different, {len(ranks)} reachable and kept")
+    return Tokenizer(ranks)
+
+
+def main():
+    args = cli.parse(__doc__, "config", "data", "run", "seed")
+    from compass import config_named
+    from data.reader import documents
+
+    tokenizer = train(documents(args.data, "general", args.seed), config_named(args.config).vocab_size)
+    tokenizer.save(args.run)
+    sample = "Beli 2 kemeja katun, harga Rp45.000 / ซื้อเสื้อ 2 ตัว / 买两件衬衫"
+    ids = tokenizer.encode(sample)
+    print(f"{sample!r}: {len(sample.encode())} bytes, {len(ids)} tokens")
+    print(f"saved {args.run}/tokenizer.tiktoken: {tokenizer.n_vocab} tokens, hash {tokenizer.hash[:12]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,329 @@
+"""Pre-training: `fit`, the one training loop, and the three stages general, anneal, long (v2 §2.3).
+
+general learns from everything under a cosine; anneal warms up again, on the cleanest text; long stretches the
+context with a larger RoPE base (ABF) on a mix of short and long documents. The global batch is a
+pure function of (seed, step), so a killed run resumes on the same curve, bit for bit.
+
+Shapes: B rows, T tokens. A batch is a dict of (B, T) tensors: tokens, targets (already shifted), weights (0 where
+a target does not count), doc_ids (-1 is padding), positions (restart in each document).
+
+    python train.py                                                  # laptop: all stages of `tiny`, about four minutes
+    python train.py --config small --data /corpus --run runs/small   # GPU: the same stages, bigger numbers
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import signal
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+from checkpoint import (
+    checkpoints, inherit, load_latest, load_model, prune, rewind_metrics, save_checkpoint,
+)  # fmt: skip
+from cli import InputError
+from compass import Compass, config_named
+from data import reader
+from tokenizer import Tokenizer
+
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
+
+
+class Schedule(NamedTuple):
+    """Learning rate in optimizer steps: linear warm-up to peak, cosine to final. router: scale of alpha and beta."""
+
+    steps: int
+    peak: float
+    final: float
+    warmup: int = 0
+    router: tuple = (1.0, 1.0)  # at the first and the last step, linear between
+
+
+def lr_at(step, schedule):
+    """Learning rate of optimizer step `step` (0-based)."""
+    if step < schedule.warmup:
+        return schedule.peak * (step + 1) / schedule.warmup
+    progress = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))
+    return schedule.final + (schedule.peak - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Recipe(NamedTuple):
+    """One stage: rows of seq_len tokens per step (micro_rows at a time), schedule, RoPE base."""
+
+    seq_len: int
+    rows: int
+    micro_rows: int
+    schedule: Schedule
+    rope_base: float = 10_000.0
+
+
+def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows):
+    """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows."""
+    general, anneal, long = steps
+    return {
+        "general": Recipe(context, rows, micro_rows, Schedule(general, peak, peak / 10, warmup[0], (1.0, 0.1))),
+        "anneal": Recipe(context, rows * 3 // 2, micro_rows, Schedule(anneal, peak / 2, peak / 10, warmup[1], (0.1, 0.1))),
+        "long": Recipe(long_context, long_rows, min(micro_rows, long_rows), Schedule(long, peak / 10, peak / 10, 0, (0.1, 0.1)), 1e6),
+    }  # fmt: skip
+
+
+RECIPES = {
+    "tiny": _recipes(256, 1024, 8, 12, (600, 200, 60), (30, 20), 3e-3, 3),
+    "tiny_v3": _recipes(256, 1024, 8, 12, (600, 200, 60), (30, 20), 3e-3, 3),
+    "small": _recipes(4096, 32768, 256, 4, (20_000, 6000, 400), (600, 200), 6e-4, 24),
+    # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
+    "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
+    "v3_245b": _recipes(8192, 131_072, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
+}
+
+
+def assemble(rows, length):
+    """Rows of [(ids, mask), …] to one batch of width `length`; mask[i] = 1 when ids[i] is to be predicted."""
+    B = len(rows)
+    tokens, targets = np.zeros((B, length), np.int64), np.zeros((B, length), np.int64)
+    weights, positions = np.zeros((B, length), np.float32), np.zeros((B, length), np.int64)
+    doc_ids = np.full((B, length), -1, np.int64)
+    for b, row in enumerate(rows):
+        at = 0
+        for doc, (ids, mask) in enumerate(row):
+            end = at + len(ids)
+            tokens[b, at:end], doc_ids[b, at:end], positions[b, at:end] = ids, doc, np.arange(len(ids))
+            # the last token of a document has no target, so no document's first token is ever predicted
+            targets[b, at : end - 1], weights[b, at : end - 1] = ids[1:], mask[1:]
+            at = end
+    arrays = dict(tokens=tokens, targets=targets, weights=weights, doc_ids=doc_ids, positions=positions)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class TokenRows:
+    """Tokenised documents as rows of a fixed length; row i is a pure function of (documents, seed, i).
+
+    Each epoch shuffles the documents, joins them and cuts the stream every `length` tokens.
+    """
+
+    def __init__(self, documents, tokenizer, length, seed):
+        texts = [document["text"] for document in documents]
+        if not texts:
+            raise InputError("the corpus holds no training document")
+        encoded = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=2)
+        end = tokenizer.special["<|endoftext|>"]
+        self.lengths = np.array([len(ids) + 1 for ids in encoded])
+        self.starts = np.concatenate(([0], np.cumsum(self.lengths)[:-1]))
+        stream = itertools.chain.from_iterable(itertools.chain(ids, (end,)) for ids in encoded)
+        self.tokens = np.fromiter(stream, np.uint32, count=int(self.lengths.sum()))
+        self.length, self.seed, self.epoch = length, seed, None
+        self.rows_per_epoch = len(self.tokens) // length
+        if not self.rows_per_epoch:
+            raise InputError(f"the corpus has {len(self.tokens)} tokens, fewer than one row of {length}")
+
+    def row(self, i):
+        """[(ids, mask), …] of row i."""
+        epoch, at = i // self.rows_per_epoch, i % self.rows_per_epoch * self.length
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+            self.ends = np.cumsum(self.lengths[self.order])
+        pieces, stop = [], at + self.length
+        while at < stop:
+            k = np.searchsorted(self.ends, at, side="right")
+            doc, skip = self.order[k], at - (self.ends[k] - self.lengths[self.order[k]])
+            start = self.starts[doc] + skip
+            ids = self.tokens[start : start + min(self.lengths[doc] - skip, stop - at)]
+            pieces.append((ids, np.ones(len(ids))))
+            at += len(ids)
+        return pieces
+
+    def batches(self, rows, micro_rows):
+        """The function of step that `fit` wants: the global batch as a list of micro-batches."""
+
+        def at(step):
+            chosen = range(step * rows, (step + 1) * rows)
+            return [
+                assemble([self.row(i) for i in chosen[m : m + micro_rows]], self.length)
+                for m in range(0, rows, micro_rows)
+            ]
+
+        return at
+
+
+def language_model_loss(model, batch):
+    """The loss function of pre-training and SFT: Compass.loss and what to log of it."""
+    losses = model.loss(
+        batch["tokens"], batch["targets"], batch["weights"], doc_ids_BT=batch["doc_ids"], positions_BT=batch["positions"]
+    )
+    metrics = {name: getattr(losses, name) for name in ("lm", "aux", "z", "mtp")}
+    return losses.total, {**metrics, "load": losses.load_LE}
+
+
+def make_optimizer(model):
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+class _Stop:
+    """Remembers SIGTERM so that the step in progress can end and be saved."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.previous)
+
+
+def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
+    """One optimizer step. Micro-losses are weighed by their share of the global weight: one global denominator."""
+    weights = [batch["weights"].sum().item() for batch in micro_batches]
+    total = sum(weights)
+    if total <= 0:
+        raise InputError("a batch has no supervised token (every target has weight 0)")
+    loss, metrics = 0.0, {}
+    optimizer.zero_grad(set_to_none=True)
+    for batch, weight in zip(micro_batches, weights, strict=True):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            micro_loss, micro_metrics = loss_fn(model, batch)
+        (micro_loss * (weight / total)).backward()
+        loss += micro_loss.item() * weight / total
+        for name, value in micro_metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return loss, norm, finite, {name: value.tolist() for name, value in metrics.items()}
+
+
+def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200):
+    """Train `model` in place and leave <run>/<stage>/step_N.pt and metrics.jsonl behind.
+
+    batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function
+    of the step. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss
+    or gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
+    """
+    device, optimizer, start = next(model.parameters()).device, make_optimizer(model), 0
+    if resume and checkpoints(run, stage):
+        state = load_latest(run, stage, device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        print(f"{stage}: resumed at step {start}")
+    elif checkpoints(run, stage):
+        raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
+    rewind_metrics(run, stage, start)
+
+    def save(step):
+        path = os.path.join(run, stage, f"step_{step}.pt")
+        save_checkpoint(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
+        prune(run, stage)
+
+    import json
+
+    model.train()
+    bad = 0
+    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1)
+    with _Stop() as stop, open(os.path.join(run, "metrics.jsonl"), "a", encoding="utf-8") as log, bar:
+        for step in bar:
+            began = time.perf_counter()
+            model.router_scale = np.interp(step, (0, max(1, schedule.steps - 1)), schedule.router).item()
+            micro_batches, lr = batches(step), lr_at(step, schedule)
+            loss, norm, finite, metrics = _train_step(model, optimizer, micro_batches, loss_fn, lr, device)
+            tokens = sum((batch["doc_ids"] >= 0).sum().item() for batch in micro_batches)
+            speed = tokens / (time.perf_counter() - began)
+            entry = {"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+                     "tokens_per_s": round(speed)}  # fmt: skip
+            load = metrics.pop("load", None)
+            if load is not None:
+                entry["max_load"] = max(map(max, load))
+                if entry["max_load"] * model.config.top_k > 0.8:
+                    entry["warning"] = "router collapse: one expert takes over 80 % of the tokens"
+                    bar.write(f"{stage} step {step}: {entry['warning']}")
+                if step + 1 == schedule.steps:
+                    entry["load"] = load
+            bad = 0 if finite else bad + 1
+            if bad:
+                entry.update(loss=None, grad_norm=None, skipped="non-finite loss or gradient")
+                metrics = {}
+                bar.write(f"{stage} step {step}: non-finite loss or gradient, step skipped ({bad} in a row)")
+            log.write(json.dumps({**entry, **metrics}) + "\n")
+            log.flush()
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
+            if bad == MAX_BAD_STEPS:
+                raise InputError(f"{stage}: {bad} non-finite steps in a row, the last at step {step} (batch {step} of seed {seed})")
+            done = step + 1
+            if done % save_every == 0 or done == schedule.steps or stop.asked:
+                save(done)
+            if stop.asked:
+                bar.write(f"{stage}: SIGTERM, saved at step {done}; go on with --resume")
+                raise SystemExit(0)
+    return model
+
+
+def finished(run, stage, steps):
+    """Whether the stage's last intact checkpoint is its final step."""
+    return bool(checkpoints(run, stage)) and load_latest(run, stage)["step"] >= steps
+
+
+def run_stage(stage, args, device, tokenizer):
+    """Train one of general, anneal, long, starting from the stage before it."""
+    before = {"general": None, "anneal": "general", "long": "anneal"}[stage]
+    if before is None:
+        config = dataclasses.replace(config_named(args.config))
+        recipe = RECIPES[args.config][stage]
+        if tokenizer.n_vocab > config.vocab_size:
+            raise InputError(f"the tokenizer has {tokenizer.n_vocab} tokens, config {args.config} only {config.vocab_size}")
+    else:
+        state = load_latest(args.run, before, device)
+        inherit(state, tokenizer)
+        recipe = RECIPES[args.config][stage]
+    schedule = recipe.schedule
+    if args.steps:
+        schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
+    if args.resume and finished(args.run, stage, schedule.steps):
+        print(f"{stage}: already finished")
+        return
+    torch.manual_seed(args.seed)
+    if before is None:
+        with device:
+            model = Compass(config)
+    else:
+        model = load_model(state, device, max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+    rows = TokenRows(reader.documents(args.data, stage, args.seed), tokenizer, recipe.seq_len, args.seed)
+    print(
+        f"{stage}: {len(rows.lengths):,} documents, {len(rows.tokens):,} tokens; {schedule.steps} steps of "
+        f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / len(rows.tokens):.2f} epochs)"
+    )
+    fit(
+        model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule,
+        run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
+    )  # fmt: skip
+
+
+def main():
+    args = cli.parse(
+        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed",
+        stage=dict(default="all", choices=("all", "general", "anneal", "long")),
+    )  # fmt: skip
+    config_named(args.config)
+    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
+    for stage in ("general", "anneal", "long") if args.stage == "all" else (args.stage,):
+        run_stage(stage, args, device, tokenizer)
+
+
+if __name__ == "__main__":
+    cli.run(main)
