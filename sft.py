@@ -17,13 +17,13 @@ import cli
 from checkpoint import inherit, load_latest, load_model
 from cli import InputError
 from data.reader import read_jsonl
-from data.tasks import tasks
+from data.tasks import conversations, tasks
 from tokenizer import Tokenizer
 from train import Schedule, assemble, finished, fit, language_model_loss
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
-    "sft1": ("long", Schedule(1500, 3e-3, 3e-4, 30, (0.1, 0.1))),
+    "sft1": ("long", Schedule(3500, 3e-3, 1e-4, 30, (0.1, 0.1))),
     "sft2": ("sft1", Schedule(500, 1e-3, 5e-5, 20, (0.1, 0.1))),
 }
 CAPACITY, ROWS = 256, 6  # packed rows of 256 tokens, six of them a step: many small steps beat few large ones
@@ -162,7 +162,7 @@ def run_stage(stage, args, device, tokenizer):
     if args.resume and finished(args.run, stage, schedule.steps):
         print(f"{stage}: already finished")
         return
-    examples = read_tasks(args.data) if args.data else tasks("train", args.seed, 400)
+    examples = read_tasks(args.data) if args.data else tasks("train", args.seed, 400) + conversations(args.seed, 1500)
     model = load_model(state, device)
     chats = PackedChats(curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed)
     fit(

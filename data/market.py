@@ -159,6 +159,16 @@ def shop_document(lang, rng, split, products):
     return "\n\n".join(page(draw_product(rng, split), lang, rng, split) for _ in range(products))
 
 
+def faq_document(lang, rng, split):
+    """A product page with the questions buyers ask and their answers, each on a line of its own."""
+    product, lex = draw_product(rng, split), lexicon(lang)
+    words = product.words(lang)
+    lines = [page(product, lang, rng, split)]
+    for kind in rng.sample(("brand", "city", "colour", "material", "category", "stock", "price"), 4):
+        lines.append(f"{rng.choice(lex['questions'][kind][split])}\n{words[kind]}")
+    return "\n\n".join(lines)
+
+
 def query_log(lang, rng, split):
     products = [draw_product(rng, split) for _ in range(4)]
     return "\n".join(f"{noisy_query(p, lang, rng, split)} → {clean_query(p, lang)}" for p in products)
@@ -172,6 +182,8 @@ def document(lang, rng, split, kind):
         return code_document(rng)
     if kind == "queries":
         return query_log(lang, rng, split)
+    if kind == "faq":
+        return faq_document(lang, rng, split)
     if kind == "shop":
         return shop_document(lang, rng, split, rng.randint(8, 20))
     product = draw_product(rng, split)
@@ -184,9 +196,9 @@ def document(lang, rng, split, kind):
 
 # kind -> weight, per pre-training stage: everything, then the cleanest, then long documents among short ones
 MIXTURES = {
-    "general": {"page": 45, "review": 20, "chat": 12, "queries": 10, "maths": 10, "code": 3},
-    "anneal": {"page": 50, "queries": 25, "maths": 25},
-    "long": {"page": 30, "queries": 10, "maths": 10, "shop": 6},
+    "general": {"page": 25, "faq": 30, "review": 15, "chat": 10, "queries": 10, "maths": 8, "code": 2},
+    "anneal": {"faq": 60, "queries": 20, "maths": 20},
+    "long": {"faq": 30, "queries": 10, "maths": 10, "shop": 6},
 }
 
 

@@ -33,30 +33,40 @@ def lookup(kinds):
     """A task that asks for one of the product's fields, given its page."""
 
     def make(lang, rng, split):
-        product, kind = draw_product(rng, split), rng.choice(kinds)
-        return {
-            "messages": about(page(product, lang, rng, split), ask(lang, rng, split, kind)),
-            "answer": product.words(lang)[kind],
-        }
+        product = draw_product(rng, split)
+        question, answer = question_about(product, lang, rng, split, rng.choice(kinds))
+        return {"messages": about(page(product, lang, rng, split), question), "answer": answer}
 
     return make
+
+
+def question_about(product, lang, rng, split, kind):
+    """(question, answer): a field of the product, or whether it fits a query that half the time does not.
+
+    Queries that do not fit differ in type or, harder, in colour only.
+    """
+    lex, words = lexicon(lang), product.words(lang)
+    if kind != "match":
+        return ask(lang, rng, split, kind), words[kind]
+    fits = rng.random() < 0.5
+    if not fits:
+        key = rng.choice(("type", "colour"))
+        words[key] = rng.choice([word for word in lex[market.FIELDS[key]].values() if word != words[key]])
+    return ask(lang, rng, split, kind, query=lex["query"].format(**words)), lex[YES_NO[not fits]]
 
 
 def classification(lang, rng, split):
     return {**lookup(("category",))(lang, rng, split), "choices": list(lexicon(lang)["categories"].values())}
 
 
-def dialogue(lang, rng, split):
-    """Two turns about one page; the second question is to be answered."""
+def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns=2):
+    """Several turns about one page; the last question is to be answered."""
     product = draw_product(rng, split)
-    first, second = rng.sample(("price", "stock", "city", "colour"), 2)
-    words = product.words(lang)
-    messages = about(page(product, lang, rng, split), ask(lang, rng, split, first))
-    messages += [
-        {"role": "assistant", "content": words[first]},
-        {"role": "user", "content": ask(lang, rng, split, second)},
-    ]
-    return {"messages": messages, "answer": words[second]}
+    pairs = [question_about(product, lang, rng, split, kind) for kind in rng.sample(kinds, turns)]
+    messages = about(page(product, lang, rng, split), pairs[0][0])
+    for (_, answer), (question, _) in zip(pairs, pairs[1:], strict=False):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    return {"messages": messages, "answer": pairs[-1][1]}
 
 
 def recommendation(lang, rng, split):
@@ -84,20 +94,7 @@ def numerical_reasoning(lang, rng, split):
 
 
 def matching(lang, rng, split):
-    """Does the query fit the product? Negatives differ in type or, harder, in colour only."""
-    product, lex, match = draw_product(rng, split), lexicon(lang), rng.random() < 0.5
-    words = product.words(lang)
-    if not match:
-        key = rng.choice(("type", "colour"))
-        others = [word for word in lex[market.FIELDS[key]].values() if word != words[key]]
-        words[key] = rng.choice(others)
-    question = ask(lang, rng, split, "match", query=lex["query"].format(**words))
-    answers = [lex[word] for word in YES_NO]
-    return {
-        "messages": about(page(product, lang, rng, split), question),
-        "answer": answers[0] if match else answers[1],
-        "choices": answers,
-    }
+    return {**lookup(("match",))(lang, rng, split), "choices": [lexicon(lang)[word] for word in YES_NO]}
 
 
 def review_understanding(lang, rng, split):
@@ -162,6 +159,18 @@ def tasks(split, seed, per_task):
             for i in range(per_task):
                 task = {"id": f"{split}-{name}-{lang}-{i}", "task": name, "lang": lang, "scorer": "exact"}
                 made.append({**task, **make(lang, rng, split)})
+    return made
+
+
+def conversations(seed, per_language):
+    """Training chats of eight questions about one page: the same reading serves eight answers."""
+    kinds = ("brand", "city", "colour", "material", "category", "stock", "price", "match")
+    made = []
+    for lang in LANGUAGES:
+        rng = random.Random(f"conversations-{seed}-{lang}")
+        for i in range(per_language):
+            chat = dialogue(lang, rng, "train", kinds, turns=len(kinds))
+            made.append({"id": f"train-conversation-{lang}-{i}", "task": "conversation", "lang": lang, **chat})
     return made
 
 
