@@ -69,12 +69,11 @@ def without_text(task):
 
 def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False):
     """[(thought, answer), …] of each task, greedy. thinking: with the think prompt where the task has a "think"; plain: no
-    chat template, the contents joined by line breaks and the first line taken (for base models)."""
+    chat template, the contents joined by line breaks and the rest of the line taken (for base models)."""
     prompts = []
     for task in tasks:
         if plain:
-            text = "\n".join(message["content"] for message in task["messages"]) + "\n"
-            prompts.append(tokenizer.encode(text))
+            prompts.append(tokenizer.encode("\n".join(message["content"] for message in task["messages"])))
         else:
             prompts.append(tokenizer.encode_chat(task["messages"], thinking=thinking and "think" in task)[0])
     completions = generate(model, tokenizer, prompts, GREEDY)

@@ -230,7 +230,8 @@ class Tokenizer:
         """Render a chat (v2 §3.2); return (ids, loss_mask), two lists of equal length.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str, "think"?: str}, …]. Each turn is
-        `<|role|>content<|end|>`; a last turn that is not the assistant's is followed by `<|assistant|>`, ready
+        `<|role|> content<|end|>`, with a space before the content because then its first word is the same token as
+        inside a sentence, which is what copying an answer from a text needs; a last turn that is not the assistant's is followed by `<|assistant|>`, ready
         to generate. thinking=True adds THINK_PROMPT to the system turn and `<think>…</think>` to the
         last answer; older thoughts are never shown. loss_mask[i] is 1 when token i is to be predicted:
         the assistant's content and its `<|end|>`, or with full_loss every token but the first.
@@ -245,9 +246,9 @@ class Tokenizer:
             role, content = message.get("role"), message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise InputError(f"message {i}: need a role (system, user, assistant) and text, got {message!r}")
-            body = self.encode(content) + [self.special["<|end|>"]]
+            body = self.encode(" " + content) + [self.special["<|end|>"]]
             if role == "assistant" and thinking and i == len(messages) - 1 and message.get("think"):
-                thought = self.encode(message["think"])
+                thought = self.encode(" " + message["think"])
                 body = [self.special["<think>"], *thought, self.special["</think>"], *body]
             ids += [self.special[f"<|{role}|>"], *body]
             mask += [0, *[int(role == "assistant")] * len(body)]

@@ -160,13 +160,13 @@ def shop_document(lang, rng, split, products):
 
 
 def faq_document(lang, rng, split):
-    """A product page with the questions buyers ask and their answers, each on a line of its own."""
+    """A product page with questions buyers ask, each followed by its answer."""
     product, lex = draw_product(rng, split), lexicon(lang)
     words = product.words(lang)
     lines = [page(product, lang, rng, split)]
     for kind in rng.sample(("brand", "city", "colour", "material", "category", "stock", "price"), 4):
-        lines.append(f"{rng.choice(lex['questions'][kind][split])}\n{words[kind]}")
-    return "\n\n".join(lines)
+        lines.append(f"{rng.choice(lex['questions'][kind][split])} {words[kind]}")
+    return "\n".join(lines)
 
 
 def query_log(lang, rng, split):

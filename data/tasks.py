@@ -77,7 +77,7 @@ def recommendation(lang, rng, split):
         if product.colour not in {p.colour for p in products}:
             products.append(product)
     lex, wanted = lexicon(lang), rng.choice(products)
-    listing = "\n".join([lex["catalogue"], *(lex["listing"].format(**p.words(lang)) for p in products)])
+    listing = "\n".join([lex["catalogue"], *("- " + lex["listing"].format(**p.words(lang)) for p in products)])
     question = ask(lang, rng, split, "recommend", colour=lex["colours"][wanted.colour])
     return {"messages": about(listing, question), "answer": wanted.name}
 

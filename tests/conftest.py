@@ -1,0 +1,44 @@
+"""Shared by the tests: a micro config, a small tokenizer, and a way to run our scripts as a user does."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from compass import CONFIGS, Compass
+from data import market
+from tokenizer import Tokenizer, train_bpe
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def micro_config():
+    return dataclasses.replace(
+        CONFIGS["tiny"], n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, top_k=2,
+        expert_dim=16, vocab_size=512, max_seq_len=64,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def micro_model(micro_config):
+    torch.manual_seed(0)
+    return Compass(micro_config)
+
+
+@pytest.fixture(scope="session")
+def micro_tokenizer():
+    return Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500))
+
+
+@pytest.fixture
+def script():
+    """Run `python <args>` in the repository; returns the finished process (text output)."""
+
+    def call(*args, **kwargs):
+        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+    return call

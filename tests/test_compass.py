@@ -1,0 +1,200 @@
+"""compass.py against transformers on copied weights, full logits, separate documents, and the published totals."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from compass import (
+    CONFIGS, Compass, apply_rope, chunked_cross_entropy, count_parameters, document_mask, rope_table,
+)  # fmt: skip
+from train import assemble
+
+
+@pytest.fixture
+def pair(micro_model):
+    """Our micro model and Qwen2-MoE with the same weights (theirs without the shared expert)."""
+    c = dataclasses.replace(micro_model.config, n_shared=0)
+    torch.manual_seed(0)
+    ours = Compass(c)
+    theirs = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, num_experts=c.n_experts, num_experts_per_tok=c.top_k,
+            moe_intermediate_size=c.expert_dim, shared_expert_intermediate_size=1, norm_topk_prob=True,
+            rms_norm_eps=c.norm_eps, tie_word_embeddings=False, qkv_bias=False, decoder_sparse_step=1, mlp_only_layers=[],
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base}, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    H, G, C = c.n_heads, c.n_kv_heads, c.head_dim
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight.copy_(ours.embedding.weight)
+        theirs.lm_head.weight.copy_(ours.head.weight)
+        theirs.model.norm.weight.copy_(ours.norm.weight)
+        for block, layer in zip(ours.blocks, theirs.model.layers, strict=True):
+            q, k, v = block.attention.qkv.weight.split((H * C, G * C, G * C))
+            for name, w in (("q_proj", q), ("k_proj", k), ("v_proj", v), ("o_proj", block.attention.out.weight)):
+                projection = getattr(layer.self_attn, name)
+                projection.weight.copy_(w)
+                if projection.bias is not None:
+                    projection.bias.zero_()
+            layer.input_layernorm.weight.copy_(block.attention_norm.weight)
+            layer.post_attention_layernorm.weight.copy_(block.feed_forward_norm.weight)
+            layer.mlp.gate.weight.copy_(block.feed_forward.router.weight)
+            layer.mlp.experts.gate_up_proj.copy_(block.feed_forward.gate_up_ED2F.transpose(1, 2))
+            layer.mlp.experts.down_proj.copy_(block.feed_forward.down_EFD.transpose(1, 2))
+            layer.mlp.shared_expert.down_proj.weight.zero_()
+    return ours, theirs
+
+
+def test_logits_and_gradients_equal_transformers(pair):
+    ours, theirs = pair
+    tokens = torch.randint(0, 512, (2, 19))
+    logits = ours(tokens)
+    reference = theirs(tokens).logits
+    torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
+    targets = torch.randint(0, 512, (2, 19))
+    ours.loss(tokens, targets).lm.backward()
+    F.cross_entropy(reference.flatten(0, 1), targets.flatten()).backward()
+    for mine, other in (
+        (ours.embedding.weight, theirs.model.embed_tokens.weight),
+        (ours.head.weight, theirs.lm_head.weight),
+        (ours.blocks[0].attention.out.weight, theirs.model.layers[0].self_attn.o_proj.weight),
+        (ours.blocks[0].feed_forward.router.weight, theirs.model.layers[0].mlp.gate.weight),
+        (ours.blocks[1].feed_forward.down_EFD, theirs.model.layers[1].mlp.experts.down_proj),
+    ):
+        theirs_grad = other.grad.transpose(1, 2) if other.dim() == 3 else other.grad
+        torch.testing.assert_close(mine.grad, theirs_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_loss_equals_full_logits():
+    h = torch.randn(50, 16, requires_grad=True)
+    head = torch.randn(99, 16, requires_grad=True)
+    target, weight = torch.randint(0, 99, (50,)), torch.rand(50) * (torch.rand(50) > 0.4)
+    grads = []
+    for rows in (7, None):
+        h.grad = head.grad = None
+        if rows:
+            loss = chunked_cross_entropy(h, head, target, weight, rows)
+        else:
+            loss = (F.cross_entropy(h @ head.T, target, reduction="none") * weight).sum() / weight.sum()
+        (2 * loss).backward()
+        grads.append((loss.detach(), h.grad, head.grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def packed_and_alone(model):
+    """One packed row of three documents, and the same documents each in a row of its own."""
+    g = torch.Generator().manual_seed(3)
+    documents = [torch.randint(0, 500, (n,), generator=g).tolist() for n in (9, 20, 14)]
+    packed = assemble([[(ids, [1] * len(ids)) for ids in documents]], 48)
+    alone = [assemble([[(ids, [1] * len(ids))]], len(ids)) for ids in documents]
+    return documents, packed, alone
+
+
+def batch_loss(model, batch):
+    return model.loss(
+        batch["tokens"], batch["targets"], batch["weights"], doc_ids_BT=batch["doc_ids"], positions_BT=batch["positions"]
+    )
+
+
+def test_packed_equals_unpacked(micro_model):
+    documents, packed, alone = packed_and_alone(micro_model)
+    loss = batch_loss(micro_model, packed).lm
+    loss.backward()
+    grads = [p.grad.clone() for p in micro_model.parameters()]
+    micro_model.zero_grad()
+    count = sum(len(ids) - 1 for ids in documents)
+    separate = sum(batch_loss(micro_model, batch).lm * (len(ids) - 1) / count for ids, batch in zip(documents, alone, strict=True))
+    separate.backward()
+    torch.testing.assert_close(loss, separate, rtol=1e-5, atol=1e-5)
+    for grad, p in zip(grads, micro_model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_document_sees_no_other(micro_model):
+    _, packed, _ = packed_and_alone(micro_model)
+    inputs = dict(doc_ids_BT=packed["doc_ids"], positions_BT=packed["positions"])
+    before = micro_model(packed["tokens"], **inputs)
+    changed = packed["tokens"].clone()
+    changed[0, 9:29] = 7  # the second document
+    after = micro_model(changed, **inputs)
+    assert torch.equal(before[0, :9], after[0, :9]) and torch.allclose(before[0, 29:43], after[0, 29:43], atol=1e-6)
+    assert not torch.allclose(before[0, 9:29], after[0, 9:29])
+
+
+def test_padding_stays_outside_all_losses(micro_model):
+    _, packed, _ = packed_and_alone(micro_model)
+    losses = batch_loss(micro_model, packed)
+    noisy = {**packed, "tokens": packed["tokens"].clone()}
+    noisy["tokens"][0, 43:] = 99
+    for a, b in zip(losses, batch_loss(micro_model, noisy), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(losses.load_LE.sum(1), torch.ones(2))
+
+
+def test_total_is_the_weighted_sum(micro_model):
+    micro_model.router_scale = 0.25
+    tokens = torch.randint(0, 500, (2, 12))
+    losses = micro_model.loss(tokens, tokens)
+    expected = losses.lm + 0.25 * (0.01 * losses.aux + 0.001 * losses.z)
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    for base in (10_000.0, 1_000_000.0):
+        scores = []
+        for shift in (0, 5, 900):
+            at = [rope_table(torch.tensor([[p + shift]]), 16, base) for p in (7, 3)]
+            scores.append((apply_rope(q, *at[0]) * apply_rope(k, *at[1])).sum())
+        torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_gives_the_same_as_the_dense_mask(micro_model, monkeypatch):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    _, packed, _ = packed_and_alone(micro_model)
+    doc_ids = packed["doc_ids"]
+    assert document_mask(doc_ids).shape == (1, 1, 48, 48)
+    dense = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
+    block = create_block_mask(lambda b, h, q, k: (q >= k) & (doc_ids[b, q] == doc_ids[b, k]), 1, None, 48, 48, "cpu")
+    monkeypatch.setattr("compass.document_mask", lambda _: block)
+    with torch.no_grad():
+        flex = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
+    torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_mtp_by_hand(micro_config):
+    config = dataclasses.replace(micro_config, mtp_depth=1)
+    torch.manual_seed(0)
+    model = Compass(config)
+    tokens = torch.randint(0, 500, (1, 10))
+    targets = tokens.roll(-1, 1)
+    weights = torch.ones(1, 10)
+    weights[0, -1] = 0
+    losses = model.loss(tokens, targets, weights)
+    h, _, rope, mask = model.hidden(tokens)
+    predicted = model.head(model.norm(model.mtp[0](h, model.embedding(tokens.roll(-1, 1)), rope, mask)))
+    # position t has seen token t+1 and predicts token t+2
+    torch.testing.assert_close(losses.mtp, F.cross_entropy(predicted[0, :8], tokens[0, 2:]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name,total,active", [("v2_30b", 30.13, 5.22), ("v3_245b", 244.99, 70.94)])
+def test_full_configs_have_the_published_size(name, total, active):
+    counted = count_parameters(CONFIGS[name])
+    assert round(counted[0] / 1e9, 2) == total and round(counted[1] / 1e9, 2) == active
+
+
+def test_tiny_v3_has_the_size_of_tiny():
+    a, b = count_parameters(CONFIGS["tiny"]), count_parameters(CONFIGS["tiny_v3"])
+    assert abs(a[0] - b[0]) / a[0] < 0.01 and abs(a[1] - b[1]) / a[1] < 0.01
+
+
+@pytest.mark.parametrize("field,value", [("n_kv_heads", 3), ("head_dim", 7), ("top_k", 99), ("dim", 0), ("vocab_size", "x")])
+def test_invalid_configs_name_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(CONFIGS["tiny"], **{field: value})

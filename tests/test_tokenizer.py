@@ -1,0 +1,123 @@
+"""tokenizer.py against an obviously correct trainer, tiktoken, and bytes that are no text."""
+
+import random
+from collections import Counter
+
+import pytest
+import regex
+
+from data import market
+from tokenizer import (
+    PATTERN, SPECIAL_TOKENS, Tokenizer, bpe, characters, merge_vocabularies, to_bytes, train_bpe,
+)  # fmt: skip
+
+
+def obvious_trainer(texts, vocab_size, max_token_chars=16):
+    """Encode every chunk anew, count every pair anew, add the most frequent: O(n^2), nothing to get wrong."""
+    chunks = Counter()
+    for text in texts:
+        chunks.update(regex.findall(PATTERN, text))
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < vocab_size:
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        counts = Counter()
+        for chunk, freq in chunks.items():
+            word = bpe(to_bytes(chunk.encode()), ranks)
+            for a, b in zip(word, word[1:], strict=False):
+                if characters(a + b) <= max_token_chars:
+                    counts[ranks[a], ranks[b]] += freq
+        if not counts:
+            break
+        a, b = min(counts, key=lambda pair: (-counts[pair], pair))
+        tokens.append(tokens[a] + tokens[b])
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [d["text"] for d in market.documents("general", 1, per_language=40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return Tokenizer(train_bpe(documents, 900))
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "abc ", "ab é ", "กขค่ ", "中文字 a", "aab\n 12"])
+@pytest.mark.parametrize("max_chars", [3, 16])
+def test_trainer_equals_the_obvious_one(alphabet, max_chars):
+    for seed in range(6):
+        rng = random.Random(seed)
+        texts = ["".join(rng.choice(alphabet) for _ in range(rng.randint(1, 300))) for _ in range(3)]
+        assert train_bpe(texts, 310, max_chars) == obvious_trainer(texts, 310, max_chars)
+
+
+def test_trainer_equals_the_obvious_one_on_documents(documents):
+    assert train_bpe(documents[:60], 400) == obvious_trainer(documents[:60], 400)
+
+
+def test_merges_by_hand():
+    # "aaabdaaabac", the textbook example: aa (4 times, overlapping pairs counted), then a + a's neighbour ...
+    ranks = train_bpe(["aaabdaaabac"], 258)
+    assert list(ranks)[256:] == [b"aa", b"aaa"] or list(ranks)[256] == b"aa"
+    assert bpe(to_bytes(b"aaab"), {b"a": 0, b"b": 1, b"aa": 2, b"ab": 3}) == [b"aa", b"ab"]
+
+
+def test_ids_equal_tiktoken_by_merges_alone(tokenizer, documents):
+    for text in documents[:150]:
+        ours = [tokenizer.ranks[t] for chunk in regex.findall(PATTERN, text) for t in bpe(to_bytes(chunk.encode()), tokenizer.ranks)]
+        assert tokenizer.encode(text) == ours
+
+
+def test_merged_vocabulary_is_reachable_contiguous_and_within_budget(documents):
+    main = train_bpe(documents, 800)
+    chinese = train_bpe([d["text"] for d in market.documents("general", 2, per_language=60) if d["lang"] == "zh"], 500)
+    ranks = merge_vocabularies([main, chinese], 850)
+    assert list(ranks.values()) == list(range(len(ranks))) and 800 < len(ranks) <= 850
+    assert list(ranks)[:256] == [bytes([i]) for i in range(256)]
+    assert all(bpe(to_bytes(token), ranks) == [token] for token in ranks)
+    assert len(set(ranks) - set(main)) > 20  # Chinese added something
+    assert all(characters(token) <= 16 for token in ranks)
+
+
+def test_round_trip_on_random_bytes_and_text(tokenizer):
+    rng = random.Random(0)
+    for _ in range(100):
+        text = bytes(rng.randrange(256) for _ in range(50)).decode("latin-1")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text in ("", " ", "\r\n\n  x", "น้ำตาล", "🙂‍↔️", "Rp45.000\t¥12"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_never_forms_a_special_token(tokenizer):
+    ids, _ = tokenizer.encode_chat([{"role": "user", "content": "<|assistant|>" + "".join(SPECIAL_TOKENS)}])
+    special = set(tokenizer.special.values())
+    assert [i for i in ids if i in special] == [tokenizer.special[t] for t in ("<|user|>", "<|end|>", "<|assistant|>")]
+    assert min(special) == len(tokenizer.ranks) and tokenizer.n_vocab == max(special) + 1
+
+
+def test_chat_mask_marks_what_the_assistant_says(tokenizer):
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes", "think": "old"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "no", "think": "new"},
+    ]
+    ids, mask = tokenizer.encode_chat(messages)
+    trained = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert trained == " yes<|end|> no<|end|>"
+    ids, mask = tokenizer.encode_chat(messages, thinking=True)
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == " yes<|end|><think> new</think> no<|end|>"
+    assert "old" not in tokenizer.decode(ids) and tokenizer.decode(ids).startswith("<|system|> Think")
+    ids, mask = tokenizer.encode_chat(messages, full_loss=True)
+    assert mask == [0] + [1] * (len(ids) - 1)
+
+
+def test_save_load_and_torn_files(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(str(tmp_path))
+    assert again.hash == tokenizer.hash and again.encode("harga Rp45.000") == tokenizer.encode("harga Rp45.000")
+    file = tmp_path / "tokenizer.tiktoken"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="tokenizer.tiktoken"):
+        Tokenizer.load(str(tmp_path))
