@@ -12,6 +12,7 @@ N = B*T, E experts, K experts per token, L layers.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -61,8 +62,8 @@ class CompassConfig:
 
 
 CONFIGS = {
-    "tiny": CompassConfig(3, 128, 4, 2, 32, 16, 4, 2, 64, 4096, 256),
-    "tiny_v3": CompassConfig(3, 128, 4, 2, 32, 8, 2, 1, 128, 4096, 256, mtp_depth=1),
+    "tiny": CompassConfig(3, 128, 8, 4, 32, 16, 4, 2, 64, 4096, 256),
+    "tiny_v3": CompassConfig(3, 128, 8, 4, 32, 8, 2, 1, 128, 4096, 256, mtp_depth=1),
     "small": CompassConfig(16, 1024, 16, 4, 64, 48, 4, 2, 384, 64_000, 4096),
     "v2_30b": CompassConfig(30, 3072, 24, 6, 128, 48, 4, 2, 2048, 180_000, 4096),
     # v3 publishes totals, experts and top-k; depth and widths here are one solution of those totals
@@ -111,6 +112,12 @@ def document_mask(doc_ids_BT):
     return same_BTT.tril().unsqueeze(1)
 
 
+@functools.cache
+def flex():
+    """flex_attention, compiled where it is used in earnest (uncompiled it holds all scores at once)."""
+    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads."""
 
@@ -128,7 +135,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGTC, v_BGTC = cache.update(layer, k_BGTC, v_BGTC)
         if isinstance(mask, BlockMask):
-            y_BHTC = flex_attention(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
+            y_BHTC = flex()(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
         else:
             y_BHTC = F.scaled_dot_product_attention(
                 q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -300,11 +307,11 @@ def init_weights(module, n_layers):
         if p.dim() < 2:
             nn.init.ones_(p)
             continue
-        fan_in = p.shape[1]  # (out, in) of nn.Linear and (E, in, out) of experts alike
+        fan_in = p.shape[1]  # (out, in) of nn.Linear, (E, in, out) of experts; an embedding counts its width
         std = fan_in**-0.5
         if name.endswith(("out.weight", "down.weight", "down_EFD")):
             std /= (2 * n_layers) ** 0.5
-        nn.init.normal_(p, std=1.0 if "embedding" in name else std)
+        nn.init.normal_(p, std=std)
 
 
 def count_parameters(config):

@@ -23,10 +23,10 @@ from train import Schedule, assemble, finished, fit, language_model_loss
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
-    "sft1": ("long", Schedule(3500, 3e-3, 1e-4, 30, (0.1, 0.1))),
-    "sft2": ("sft1", Schedule(500, 1e-3, 5e-5, 20, (0.1, 0.1))),
+    "sft1": ("long", Schedule(3200, 3e-3, 1e-4, 30, (0.1, 0.1))),
+    "sft2": ("sft1", Schedule(800, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
 }
-CAPACITY, ROWS = 256, 6  # packed rows of 256 tokens, six of them a step: many small steps beat few large ones
+CAPACITY, ROWS = 512, 3  # tokens a packed row, rows a step: many small steps beat few large ones
 
 
 def pack(lengths, capacity):
@@ -95,9 +95,10 @@ def chat_of(task, thinking):
 
 
 def curriculum(stage, examples, seed):
-    """[(task, thinking), …] of a stage: sft1 answers all directly; sft2 thinks where a thought exists, and resamples the rest."""
+    """[(task, thinking), …] of a stage: sft1 answers directly what needs no thought; sft2 adds reasoning with its
+    thought, and half of everything, direct, so that nothing is forgotten and the switch is learnt."""
     if stage == "sft1":
-        return [(task, False) for task in examples]
+        return [(task, False) for task in examples if "think" not in task]
     reasoning = [task for task in examples if "think" in task]
     resampled = random.Random(f"sft2-{seed}").sample(examples, k=len(examples) // 2)
     return [(task, True) for task in reasoning] + [(task, False) for task in resampled]

@@ -13,6 +13,7 @@ a target does not count), doc_ids (-1 is padding), positions (restart in each do
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 import signal
@@ -75,8 +76,8 @@ def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_
 
 
 RECIPES = {
-    "tiny": _recipes(256, 1024, 8, 12, (600, 200, 60), (30, 20), 3e-3, 3),
-    "tiny_v3": _recipes(256, 1024, 8, 12, (600, 200, 60), (30, 20), 3e-3, 3),
+    "tiny": _recipes(256, 1024, 8, 12, (400, 150, 40), (30, 20), 3e-3, 3),
+    "tiny_v3": _recipes(256, 1024, 8, 12, (400, 150, 40), (30, 20), 3e-3, 3),
     "small": _recipes(4096, 32768, 256, 4, (20_000, 6000, 400), (600, 200), 6e-4, 24),
     # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
     "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
@@ -231,8 +232,6 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         path = os.path.join(run, stage, f"step_{step}.pt")
         save_checkpoint(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
         prune(run, stage)
-
-    import json
 
     model.train()
     bad = 0

@@ -1,0 +1,69 @@
+"""demo.sh from end to end in a micro setting, every stage from the command line, and the report it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from checkpoint import checkpoints
+from data.tasks import tasks
+from evaluate import accuracy, copied_answers, majority_answers, without_text
+
+
+def test_demo_runs_the_whole_chain_twice(tmp_path):
+    env = {**os.environ, "RUN": str(tmp_path / "run"), "STEPS": "3", "TASKS": "1"}
+    env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
+    first = subprocess.run(["bash", "demo.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    report = json.load(open(tmp_path / "run" / "report.json"))
+    stages = ["general", "anneal", "long", "sft1", "sft2"]
+    assert list(report["loss"]) == stages and all(loss > 0 for loss in report["loss"].values())
+    assert set(report["accuracy"]) == {"long", "sft1", "sft2", "without text", "majority", "copy"}
+    assert set(report["accuracy"]["sft2"]["by_language"]) == {"en", "zh", "id", "ms", "pt", "tl", "th", "vi"}
+    assert set(report["thinking"]) == {"on", "off"} and report["bits_per_byte"]["long"]["th"] > 0
+    names = os.listdir(tmp_path / "run")
+    assert {"loss.png", "load.png", "accuracy.png", "report.md", "metrics.jsonl"} <= set(names)
+    assert all(os.path.basename(checkpoints(tmp_path / "run", stage)[0]) == "step_3.pt" for stage in stages)
+    assert "| all |" in first.stdout and "inherited from long step 3" in first.stdout
+    second = subprocess.run(["bash", "demo.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert second.returncode == 0 and second.stdout.count("already finished") == 5
+
+
+def test_another_tokenizer_is_refused(tmp_path, script, micro_tokenizer):
+    micro_tokenizer.save(tmp_path)
+    assert script("train.py", "--run", tmp_path, "--stage", "general", "--steps", "1").returncode == 0
+    lines = (tmp_path / "tokenizer.tiktoken").read_bytes().splitlines(keepends=True)
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"".join(lines[:-1]))
+    result = script("train.py", "--run", tmp_path, "--stage", "anneal", "--steps", "1")
+    assert result.returncode == 2 and "is not the one that general was trained with" in result.stderr
+
+
+def test_every_script_explains_itself(script):
+    for name in ("tokenizer", "kernels", "moe", "compass", "checkpoint", "generate", "evaluate", "train", "sft"):
+        result = script(f"{name}.py", "--help")
+        assert result.returncode == 0 and f"python {name}.py" in result.stdout
+    assert "30.13B" in script("compass.py").stdout
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    return tasks("test", 0, 4), tasks("train", 0, 10)
+
+
+def test_accuracy_by_hand(worlds):
+    test = worlds[0][:4]
+    result = accuracy(test, [test[0]["answer"], "wrong", test[2]["answer"], ""])
+    assert result["overall"] == 0.5 and result["n"] == 4 and list(result["by_task"].values()) == [0.5]
+
+
+def test_baselines(worlds):
+    test, train = worlds
+    assert accuracy(test, [task["answer"] for task in test])["overall"] == 1.0
+    assert accuracy(test, majority_answers(test, train))["overall"] < 0.3
+    assert accuracy(test, copied_answers(test))["overall"] < 0.3
+    for task in test:
+        if task["task"] == "product_info":
+            assert task["answer"] not in without_text(task)["messages"][0]["content"]

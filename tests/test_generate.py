@@ -1,0 +1,102 @@
+"""generate.py: cached equals uncached, batches equal single requests, sampling equals a hand-written filter."""
+
+import math
+
+import pytest
+import torch
+
+from generate import GREEDY, KVCache, Sampling, filtered_probs, generate, split_thought
+
+PROMPTS = [[5, 9, 300], [17] * 11, [300, 2], [44, 45, 46, 47, 48, 49]]
+
+
+@pytest.fixture(autouse=True)
+def more_certain(micro_model):
+    """Random logits are nearly flat; sharper ones make greedy choices robust against rounding."""
+    with torch.no_grad():
+        micro_model.head.weight.mul_(4)
+
+
+def test_cached_logits_equal_uncached(micro_model):
+    tokens = torch.randint(0, 500, (2, 12))
+    full = micro_model(tokens)
+    cache = KVCache(micro_model.config, 2, 16, "cpu")
+    first = micro_model(tokens[:, :7], cache=cache)
+    steps = [micro_model(tokens[:, t : t + 1], positions_BT=torch.full((2, 1), t), cache=cache) for t in range(7, 12)]
+    torch.testing.assert_close(torch.cat([first, *steps], 1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_is_uncached_argmax(micro_model, micro_tokenizer):
+    sampling = Sampling(temperature=0, repetition=1.0, max_tokens=12)
+    stops = {micro_tokenizer.special["<|end|>"], micro_tokenizer.special["<|endoftext|>"]}
+    for prompt, completion in zip(PROMPTS, generate(micro_model, micro_tokenizer, PROMPTS, sampling), strict=True):
+        ids, expected, logprobs = list(prompt), [], []
+        for _ in range(12):
+            logits = micro_model(torch.tensor([ids]))[0, -1, : micro_tokenizer.n_vocab]
+            token = logits.argmax().item()
+            if token in stops:
+                break
+            ids.append(token)
+            expected.append(token)
+            logprobs.append(logits.log_softmax(0)[token].item())
+        assert completion.ids == expected
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_batch_equals_one_by_one(micro_model, micro_tokenizer):
+    for sampling in (GREEDY, Sampling(max_tokens=16), Sampling(temperature=1.5, top_k=0, top_p=1.0, max_tokens=16)):
+        together = generate(micro_model, micro_tokenizer, PROMPTS, sampling, n=3)
+        small = generate(micro_model, micro_tokenizer, PROMPTS, sampling, n=3, max_rows=5)
+        alone = [c for p in PROMPTS for c in generate(micro_model, micro_tokenizer, [p], sampling, n=3)]
+        assert [c.ids for c in together] == [c.ids for c in alone] == [c.ids for c in small]
+        for a, b in zip(together, alone, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.stopped == b.stopped
+
+
+def test_seed_decides(micro_model, micro_tokenizer):
+    def hot(seed):
+        sampling = Sampling(temperature=2.0, top_k=0, top_p=1.0, max_tokens=10, seed=seed)
+        return [c.ids for c in generate(micro_model, micro_tokenizer, PROMPTS[:1], sampling, n=4)]
+
+    assert hot(1) == hot(1) != hot(2) and len({tuple(ids) for ids in hot(1)}) > 1
+
+
+def by_hand(logits, seen, s):
+    """The filters, one token at a time."""
+    logits = [(x / s.repetition if x > 0 else x * s.repetition) if hit else x for x, hit in zip(logits, seen, strict=True)]
+    weights = [math.exp(x / s.temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -weights[i])[: s.top_k or None]
+    kept, mass, total = [], 0.0, sum(weights[i] for i in order)
+    for i in order:
+        if mass / total >= s.top_p:
+            break
+        kept.append(i)
+        mass += weights[i]
+    return [weights[i] / mass if i in kept else 0.0 for i in range(len(logits))]
+
+
+def test_sampling_equals_a_hand_written_filter():
+    g = torch.Generator().manual_seed(0)
+    for s in (Sampling(), Sampling(1.0, 0, 0.6, 1.3), Sampling(0.7, 3, 1.0, 1.0), Sampling(2.0, 0, 1.0, 1.0)):
+        logits, seen = torch.randn(8, 20, generator=g) * 2, torch.rand(8, 20, generator=g) < 0.3
+        probs = filtered_probs(logits, seen, s)
+        for row in range(8):
+            assert probs[row].tolist() == pytest.approx(by_hand(logits[row].tolist(), seen[row].tolist(), s), abs=1e-5)
+
+
+def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
+    full = generate(micro_model, micro_tokenizer, [[5] * 60], Sampling(temperature=2.0, top_k=0, top_p=1.0))[0]
+    assert full.stopped or len(full.ids) == 4  # the context of 64 ends it
+    for prompts, message in (([[5] * 64], "prompt 0 has 64"), ([[1], []], "prompt 1 has 0"), ([[512]], "outside the vocabulary")):
+        with pytest.raises(ValueError, match=message):
+            generate(micro_model, micro_tokenizer, prompts, GREEDY)
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        generate(micro_model, micro_tokenizer, [[1]], Sampling(max_tokens=0))
+    micro_model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        generate(micro_model, micro_tokenizer, [[1]], GREEDY)
+
+
+def test_split_thought():
+    assert split_thought("<think> 2 + 2 = 4.</think> 4") == ("2 + 2 = 4.", "4")
+    assert split_thought(" red ") == ("", "red")

@@ -1,0 +1,270 @@
+"""train.py and checkpoint.py: resume is exact, kills lose nothing saved, bad steps are skipped, bad files are named."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
+from compass import Compass
+from conftest import ROOT
+from data import market, reader
+from train import RECIPES, Schedule, TokenRows, fit, language_model_loss, lr_at
+
+
+@pytest.fixture
+def rows(micro_tokenizer):
+    return TokenRows(market.documents("general", 3, per_language=5), micro_tokenizer, 64, seed=1)
+
+
+def train(config, rows, run, steps, **kwargs):
+    torch.manual_seed(0)
+    model = Compass(config)
+    schedule = Schedule(12, 1e-3, 1e-4, warmup=3, router=(1.0, 0.1))
+    save_every = kwargs.pop("save_every", 4)
+    batches = rows.batches(4, 2)
+
+    def until(step):
+        if step == steps:
+            raise InterruptedError
+        return batches(step)
+
+    try:
+        fit(model, until, language_model_loss, schedule, run=str(run), stage="general", save_every=save_every, **kwargs)
+    except InterruptedError:
+        pass
+    return model
+
+
+def test_learning_rate_by_hand():
+    schedule = Schedule(steps=110, peak=1.0, final=0.1, warmup=10)
+    assert lr_at(0, schedule) == pytest.approx(0.1) and lr_at(9, schedule) == pytest.approx(1.0)
+    assert lr_at(60, schedule) == pytest.approx(0.55) and lr_at(110, schedule) == pytest.approx(0.1)
+
+
+def test_full_recipes_are_the_papers():
+    general, anneal, long = (RECIPES["v2_30b"][stage] for stage in ("general", "anneal", "long"))
+    assert general.schedule.peak == 3e-4 and general.schedule.final == pytest.approx(3e-5) and general.schedule.warmup == 3000
+    assert (general.rows, anneal.rows, long.rows) == (5760, 8640, 2160)
+    assert anneal.schedule.peak == pytest.approx(1.5e-4) and anneal.schedule.warmup == 2000
+    assert long.schedule.steps == 2200 and long.seq_len == 32768 and long.rope_base == 1e6
+    assert general.schedule.steps * general.rows * general.seq_len == pytest.approx(8e12, rel=1e-4)
+
+
+def test_rows_hold_every_token_of_an_epoch_once(rows):
+    seen = np.concatenate([ids for i in range(rows.rows_per_epoch) for ids, _ in rows.row(i)])
+    left = len(rows.tokens) - len(seen)
+    assert 0 <= left < rows.length
+    counts = np.bincount(rows.tokens, minlength=512) - np.bincount(seen.astype(int), minlength=512)
+    assert counts.min() >= 0 and counts.sum() == left
+    again = rows.row(3)
+    rows.row(rows.rows_per_epoch + 1)  # another epoch in between changes nothing
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, rows.row(3), strict=True))
+
+
+def test_accumulation_has_one_global_denominator(micro_model, rows):
+    """Two micro-batches with very different numbers of targets give the gradient of the joint batch."""
+    from train import _train_step, make_optimizer
+
+    joint = rows.batches(4, 4)(0)[0]
+    joint["weights"][:2] *= (torch.rand(2, 64) < 0.1).float()
+    joint["weights"][0, 5] = 1
+    micro_model.config.aux_weight = micro_model.config.z_weight = 0  # these are averaged over micro-batches
+    grads = []
+    for batches in ([joint], [{k: v[:2] for k, v in joint.items()}, {k: v[2:] for k, v in joint.items()}]):
+        _train_step(micro_model, make_optimizer(micro_model), batches, language_model_loss, 0.0, torch.device("cpu"))
+        grads.append([p.grad.clone() for p in micro_model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_resume_is_bitwise(micro_config, rows, tmp_path):
+    straight = train(micro_config, rows, tmp_path / "a", steps=None)
+    train(micro_config, rows, tmp_path / "b", steps=6)  # dies in step 6; the last save was step 4
+    resumed = train(micro_config, rows, tmp_path / "b", steps=None, resume=True)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    curves = [[(e["step"], e["loss"]) for e in read_metrics(tmp_path / run)] for run in "ab"]
+    assert curves[0] == curves[1] and len(curves[0]) == 12
+
+
+def test_a_second_run_never_overwrites(micro_config, rows, tmp_path):
+    train(micro_config, rows, tmp_path, steps=None)
+    with pytest.raises(ValueError, match="already holds"):
+        train(micro_config, rows, tmp_path, steps=None)
+    assert len(checkpoints(tmp_path, "general")) == checkpoint.KEEP
+
+
+def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys):
+    straight = train(micro_config, rows, tmp_path, steps=None)
+    newest, older = checkpoints(tmp_path, "general")
+    content = open(newest, "rb").read()
+    open(newest, "wb").write(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="step_12.pt is torn or foreign"):
+        load_checkpoint(newest)
+    assert load_latest(tmp_path, "general")["step"] == 8 and "step_12.pt" in capsys.readouterr().out
+    resumed = train(micro_config, rows, tmp_path, steps=None, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    open(newest, "wb").write(b"foreign")
+    os.remove(older)
+    with pytest.raises(ValueError, match="holds no intact checkpoint"):
+        load_latest(tmp_path, "general")
+
+
+def test_full_disk_leaves_the_old_checkpoint(micro_model, tmp_path, monkeypatch):
+    path = str(tmp_path / "general" / "step_1.pt")
+    save_checkpoint(path, micro_model, step=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left"):
+        save_checkpoint(path, micro_model, step=2)
+    assert load_checkpoint(path)["step"] == 1 and os.listdir(tmp_path / "general") == ["step_1.pt"]
+
+
+def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(micro_config, rows, tmp_path):
+    model, calls = Compass(micro_config), []
+
+    def sick(model, batch):
+        loss, metrics = language_model_loss(model, batch)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 3 else loss), metrics
+
+    schedule = Schedule(5, 1e-3, 1e-4)
+    fit(model, rows.batches(2, 2), sick, schedule, run=str(tmp_path), stage="general")
+    entries = read_metrics(tmp_path)
+    assert [e["step"] for e in entries if "skipped" in e] == [2] and all(p.isfinite().all() for p in model.parameters())
+
+    def dead(model, batch):
+        loss, metrics = language_model_loss(model, batch)
+        return loss * float("inf"), metrics
+
+    with pytest.raises(ValueError, match="10 non-finite steps in a row, the last at step 9"):
+        fit(model, rows.batches(2, 2), dead, Schedule(50, 1e-3, 1e-4), run=str(tmp_path / "x"), stage="general")
+
+
+def test_a_batch_without_supervised_tokens_is_an_error(micro_config, rows, tmp_path):
+    def empty(step):
+        return [{**batch, "weights": batch["weights"] * 0} for batch in rows.batches(2, 2)(step)]
+
+    with pytest.raises(ValueError, match="no supervised token"):
+        fit(Compass(micro_config), empty, language_model_loss, Schedule(5, 1e-3, 1e-4), run=str(tmp_path), stage="general")
+
+
+def test_router_collapse_warns(micro_config, rows, tmp_path):
+    model = Compass(micro_config)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.feed_forward.router.weight.zero_()
+    fit(model, rows.batches(2, 2), language_model_loss, Schedule(1, 1e-9, 1e-9), run=str(tmp_path), stage="general")
+    assert "router collapse" in read_metrics(tmp_path)[0]["warning"]
+
+
+CHILD = """
+import sys, torch
+sys.path[:0] = ["tests", "."]
+from compass import CompassConfig, Compass
+from data import market
+from tokenizer import Tokenizer
+from train import Schedule, TokenRows, fit, language_model_loss
+import json
+config = CompassConfig(**json.loads(sys.argv[2]))
+rows = TokenRows(market.documents("general", 3, per_language=5), Tokenizer.load(sys.argv[1]), 64, seed=1)
+torch.manual_seed(0)
+torch.set_num_threads(1)
+fit(Compass(config), rows.batches(4, 2), language_model_loss, Schedule(60, 1e-3, 1e-4), run=sys.argv[1], stage="general",
+    save_every=5, resume=True)
+"""
+
+
+def test_kill_and_sigterm_lose_nothing_saved(micro_config, micro_tokenizer, tmp_path):
+    """kill -9 at random moments, SIGTERM once, then the end: the curve equals an undisturbed one."""
+    args = json.dumps(vars(micro_config))
+
+    def start(run):
+        micro_tokenizer.save(run)
+        return subprocess.Popen([sys.executable, "-c", CHILD, str(run), args], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def wait_for_step(run, step):
+        while not any(e["step"] >= step for e in read_metrics(run)):
+            assert child.poll() is None
+            time.sleep(0.02)
+
+    rng = random.Random(0)
+    disturbed = tmp_path / "disturbed"
+    child = start(disturbed)
+    wait_for_step(disturbed, rng.randint(6, 20))
+    child.kill()
+    child.wait()
+    saved = load_latest(disturbed, "general")["step"]
+    assert saved >= 5
+    child = start(disturbed)
+    wait_for_step(disturbed, saved + 7)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait() == 0 and load_latest(disturbed, "general")["step"] > saved
+    assert start(disturbed).wait() == 0
+    assert start(tmp_path / "calm").wait() == 0
+    curves = [[(e["step"], e["loss"]) for e in read_metrics(run)] for run in (disturbed, tmp_path / "calm")]
+    assert curves[0] == curves[1] and len(curves[0]) == 60
+    a, b = (load_latest(run, "general")["model"] for run in (disturbed, tmp_path / "calm"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2: malformed JSON"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1: expected a JSON object"),
+        ("a.jsonl", b'{"text": ""}\n', 'a.jsonl:1: field "text" is missing or empty'),
+        ("a.jsonl", b'{"text": "x", "lang": "xx"}\n', "a.jsonl:1: unknown language 'xx'"),
+        ("a.txt", b"fine\n\xff\xfe\n", "a.txt:2: not UTF-8"),
+        ("a.txt", b" \n", "a.txt: empty file"),
+        ("a.pdf", b"", "holds no .txt or .jsonl"),
+    ],
+)
+def test_bad_corpus_is_one_clear_message(script, tmp_path, name, content, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(content)
+    result = script("tokenizer.py", "--data", tmp_path / "data", "--run", tmp_path / "run")
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_stages_and_folders_are_named_with_the_command(script, tmp_path, micro_tokenizer):
+    run = tmp_path / "run"
+    for args, message in (
+        (("train.py", "--run", run), "run `python tokenizer.py"),
+        (("tokenizer.py", "--data", tmp_path / "nowhere"), "no such folder"),
+        (("generate.py", "--run", run), "tokenizer.tiktoken not found"),
+        (("train.py", "--config", "huge"), "not one of tiny"),
+        (("train.py", "--device", "cuda"), "sees no GPU"),
+    ):
+        result = script(*args)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    micro_tokenizer.save(run)
+    for args, message in (
+        (("sft.py", "--run", run), "run `python train.py --stage long"),
+        (("train.py", "--run", run, "--stage", "anneal"), "run `python train.py --run"),
+        (("generate.py", "--run", run), "run `python train.py"),
+        (("evaluate.py", "--run", run), "run `python train.py"),
+    ):
+        result = script(*args)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert sorted(os.listdir(run)) == ["tokenizer.json", "tokenizer.tiktoken"]
+
+
+def test_held_out_documents_are_disjoint_and_complete(tmp_path):
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(400)]
+    (tmp_path / "en.jsonl").write_text("\n".join(lines))
+    sides = [{d["text"] for d in reader.documents(str(tmp_path), "general", 0, split)} for split in ("train", "test")]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 400 and 5 < len(sides[1]) < 40
