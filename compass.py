@@ -328,9 +328,11 @@ def main():
     print(f"{'config':8} {'layers':>6} {'dim':>5} {'heads/kv x hd':>14} {'experts':>22} {'vocab':>7}      total /   active")
     for name, c in CONFIGS.items():
         total, active = count_parameters(c)
-        heads, experts = f"{c.n_heads}/{c.n_kv_heads} x {c.head_dim}", f"{c.n_experts} top-{c.top_k} +{c.n_shared} x {c.expert_dim}"
+        heads = f"{c.n_heads}/{c.n_kv_heads} x {c.head_dim}"
+        experts = f"{c.n_experts} top-{c.top_k} +{c.n_shared} x {c.expert_dim}"
         unit, scale = ("B", 1e9) if total > 5e8 else ("M", 1e6)
-        print(f"{name:8} {c.n_layers:6} {c.dim:5} {heads:>14} {experts:>22} {c.vocab_size:7} {total / scale:9.2f}{unit} / {active / scale:7.2f}{unit}")
+        size = f"{total / scale:9.2f}{unit} / {active / scale:7.2f}{unit}"
+        print(f"{name:8} {c.n_layers:6} {c.dim:5} {heads:>14} {experts:>22} {c.vocab_size:7} {size}")
     c = CONFIGS["v2_30b"]
     attention = 2 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim
     expert = 3 * c.dim * c.expert_dim

@@ -230,9 +230,9 @@ class Tokenizer:
         """Render a chat (v2 §3.2); return (ids, loss_mask), two lists of equal length.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str, "think"?: str}, …]. Each turn is
-        `<|role|> content<|end|>`, with a space before the content because then its first word is the same token as
-        inside a sentence, which is what copying an answer from a text needs; a last turn that is not the assistant's is followed by `<|assistant|>`, ready
-        to generate. thinking=True adds THINK_PROMPT to the system turn and `<think>…</think>` to the
+        `<|role|> content<|end|>`; with the space the first word is the same token as inside a sentence, which is
+        what copying an answer from a text needs. A last turn that is not the assistant's is followed by
+        `<|assistant|>`, ready to generate. thinking=True adds THINK_PROMPT to the system turn and `<think>…</think>` to the
         last answer; older thoughts are never shown. loss_mask[i] is 1 when token i is to be predicted:
         the assistant's content and its `<|end|>`, or with full_loss every token but the first.
         Raises InputError on an unknown role or a message without text.

@@ -26,7 +26,13 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import (
-    checkpoints, inherit, load_latest, load_model, prune, rewind_metrics, save_checkpoint,
+    checkpoints,
+    inherit,
+    load_latest,
+    load_model,
+    prune,
+    rewind_metrics,
+    save_checkpoint,
 )  # fmt: skip
 from cli import InputError
 from compass import Compass, config_named

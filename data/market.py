@@ -150,7 +150,7 @@ def maths_document(rng):
 
 
 def code_document(rng):
-    name, price, n = rng.choice("total cost amount bill".split()), rng.randint(11, 99), rng.randint(2, 9)
+    name, price, n = rng.choice(["total", "cost", "amount", "bill"]), rng.randint(11, 99), rng.randint(2, 9)
     return f"def {name}(price, pieces):\n    return price * pieces\n\nprint({name}({price}, {n}))  # {price * n}"
 
 

@@ -12,7 +12,7 @@ import zlib
 from cli import InputError
 from data import market
 
-CODES = set(market.LANGUAGES) | set("nl fr de el it pl ru es uk".split())
+CODES = set(market.LANGUAGES) | set(["nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk"])
 
 
 def _lines(path):

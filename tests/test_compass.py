@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from compass import (
-    CONFIGS, Compass, apply_rope, chunked_cross_entropy, count_parameters, document_mask, rope_table,
+    CONFIGS,
+    Compass,
+    apply_rope,
+    chunked_cross_entropy,
+    count_parameters,
+    document_mask,
+    rope_table,
 )  # fmt: skip
 from train import assemble
 

@@ -8,7 +8,14 @@ import regex
 
 from data import market
 from tokenizer import (
-    PATTERN, SPECIAL_TOKENS, Tokenizer, bpe, characters, merge_vocabularies, to_bytes, train_bpe,
+    PATTERN,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    bpe,
+    characters,
+    merge_vocabularies,
+    to_bytes,
+    train_bpe,
 )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import checkpoint
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from compass import Compass
-from conftest import ROOT
 from data import market, reader
 from train import RECIPES, Schedule, TokenRows, fit, language_model_loss, lr_at
 
