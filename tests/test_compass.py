@@ -160,18 +160,21 @@ def test_rope_scores_depend_on_distance_only():
         torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-4, atol=1e-4)
 
 
-def test_flex_attention_gives_the_same_as_the_dense_mask(micro_model, monkeypatch):
+def test_by_document_and_flex_equal_a_dense_mask(micro_model, monkeypatch):
     from torch.nn.attention.flex_attention import create_block_mask
 
     _, packed, _ = packed_and_alone(micro_model)
+    packed = {name: tensor.repeat(2, 1) for name, tensor in packed.items()}
     doc_ids = packed["doc_ids"]
-    assert document_mask(doc_ids).shape == (1, 1, 48, 48)
-    dense = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
-    block = create_block_mask(lambda b, h, q, k: (q >= k) & (doc_ids[b, q] == doc_ids[b, k]), 1, None, 48, 48, "cpu")
-    monkeypatch.setattr("compass.document_mask", lambda _: block)
-    with torch.no_grad():
-        flex = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
-    torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-5)
+    assert document_mask(doc_ids) == [9, 20, 14, 5] * 2
+    by_document = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
+    block = create_block_mask(lambda b, h, q, k: (q >= k) & (doc_ids[b, q] == doc_ids[b, k]), 2, None, 48, 48, "cpu")
+    dense = (doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)).tril().unsqueeze(1)
+    for mask in (block, dense):
+        monkeypatch.setattr("compass.document_mask", lambda _, mask=mask: mask)
+        with torch.no_grad():
+            other = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
+        torch.testing.assert_close(other, by_document, rtol=1e-4, atol=1e-5)
 
 
 def test_mtp_by_hand(micro_config):
