@@ -83,7 +83,7 @@ def filtered_probs(logits_BV, seen_BV, sampling):
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     probs_BV = (logits_BV / sampling.temperature).softmax(-1)
-    sorted_BV, index_BV = probs_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, index_BV = probs_BV.sort(stable=True, dim=-1, descending=True)
     keep_BV = torch.ones_like(sorted_BV, dtype=torch.bool)
     if sampling.top_k:
         keep_BV[:, sampling.top_k :] = False
