@@ -240,7 +240,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         prune(run, stage)
 
     model.train()
-    bad = 0
+    bad, collapsed = 0, False
     bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1)
     with _Stop() as stop, open(os.path.join(run, "metrics.jsonl"), "a", encoding="utf-8") as log, bar:
         for step in bar:
@@ -257,7 +257,9 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
                 entry["max_load"] = max(map(max, load))
                 if entry["max_load"] * model.config.top_k > 0.8:
                     entry["warning"] = "router collapse: one expert takes over 80 % of the tokens"
-                    bar.write(f"{stage} step {step}: {entry['warning']}")
+                    if not collapsed:
+                        bar.write(f"{stage} step {step}: {entry['warning']} (said once; see metrics.jsonl)")
+                    collapsed = True
                 if step + 1 == schedule.steps:
                     entry["load"] = load
             bad = 0 if finite else bad + 1
