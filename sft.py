@@ -163,7 +163,7 @@ def run_stage(stage, args, device, tokenizer):
     if args.resume and finished(args.run, stage, schedule.steps):
         print(f"{stage}: already finished")
         return
-    examples = read_tasks(args.data) if args.data else tasks("train", args.seed, 400) + conversations(args.seed, 1500)
+    examples = read_tasks(args.data) if args.data else tasks("train", args.seed, 300) + conversations(args.seed, 2400)
     model = load_model(state, device)
     chats = PackedChats(curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed)
     fit(

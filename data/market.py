@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import random
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -105,8 +106,20 @@ def draw_product(rng, split):
             return product
 
 
+def phrase(templates, lang, rng, split):
+    """One of the split's templates. Half of the training ones are worn: words are missing, as in hurried typing, so
+    that a model cannot lean on whole phrases and has to find the words that matter."""
+    template = rng.choice(templates[split])
+    if split == "test" or rng.random() < 0.5:
+        return template
+    spaced = lang not in ("zh", "th")
+    pieces = template.split(" ") if spaced else re.findall(r"\{\w+\}|[^{]{1,3}", template)
+    kept = [piece for piece in pieces if "{" in piece or "\n" in piece or rng.random() < 0.75]
+    return (" " if spaced else "").join(kept) or template
+
+
 def page(product, lang, rng, split):
-    return rng.choice(lexicon(lang)["pages"][split]).format(**product.words(lang))
+    return phrase(lexicon(lang)["pages"], lang, rng, split).format(**product.words(lang))
 
 
 def review(product, lang, rng, split, polarities):
@@ -114,7 +127,7 @@ def review(product, lang, rng, split, polarities):
     lex = lexicon(lang)
     aspects = rng.sample(list(lex["aspects"]), 2)
     remarks = [rng.choice(lex[polarity][aspect]) for polarity, aspect in zip(polarities, aspects, strict=True)]
-    template = rng.choice(lex["reviews"][split])
+    template = phrase(lex["reviews"], lang, rng, split)
     return template.format(first=remarks[0], second=remarks[1], **product.words(lang)), aspects
 
 
@@ -122,7 +135,7 @@ def noisy_query(product, lang, rng, split):
     """What a hurried buyer types: abbreviations, slang, fillers."""
     lex = lexicon(lang)
     slang = lex["slang"]
-    return rng.choice(lex["noisy_query"][split]).format(colour=slang[product.colour], type=slang[product.type])
+    return phrase(lex["noisy_query"], lang, rng, split).format(colour=slang[product.colour], type=slang[product.type])
 
 
 def clean_query(product, lang):
@@ -165,7 +178,7 @@ def faq_document(lang, rng, split):
     words = product.words(lang)
     lines = [page(product, lang, rng, split)]
     for kind in rng.sample(("brand", "city", "colour", "material", "category", "stock", "price"), 4):
-        lines.append(f"{rng.choice(lex['questions'][kind][split])} {words[kind]}")
+        lines.append(f"{phrase(lex['questions'][kind], lang, rng, split)} {words[kind]}")
     return "\n".join(lines)
 
 

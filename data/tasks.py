@@ -22,7 +22,7 @@ YES_NO = ("yes", "no")
 
 
 def ask(lang, rng, split, kind, **words):
-    return rng.choice(lexicon(lang)["questions"][kind][split]).format(**words)
+    return market.phrase(lexicon(lang)["questions"][kind], lang, rng, split).format(**words)
 
 
 def about(text, question):
@@ -59,27 +59,32 @@ def classification(lang, rng, split):
     return {**lookup(("category",))(lang, rng, split), "choices": list(lexicon(lang)["categories"].values())}
 
 
-def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns=2):
-    """Several turns about one page; the last question is to be answered."""
-    product = draw_product(rng, split)
-    pairs = [question_about(product, lang, rng, split, kind) for kind in rng.sample(kinds, turns)]
-    messages = about(page(product, lang, rng, split), pairs[0][0])
+def chat(text, pairs):
+    """A chat about a text from (question, answer) pairs; the last question is to be answered."""
+    messages = about(text, pairs[0][0])
     for (_, answer), (question, _) in zip(pairs, pairs[1:], strict=False):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
     return {"messages": messages, "answer": pairs[-1][1]}
 
 
-def recommendation(lang, rng, split):
+def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns=2):
+    """Several turns about one page."""
+    product = draw_product(rng, split)
+    pairs = [question_about(product, lang, rng, split, kind) for kind in rng.sample(kinds, turns)]
+    return chat(page(product, lang, rng, split), pairs)
+
+
+def recommendation(lang, rng, split, turns=1):
     """Three listed products of different colours; name the one of the wanted colour."""
     products = [draw_product(rng, split)]
     while len(products) < 3:
         product = draw_product(rng, split)
         if product.colour not in {p.colour for p in products}:
             products.append(product)
-    lex, wanted = lexicon(lang), rng.choice(products)
+    lex = lexicon(lang)
     listing = "\n".join([lex["catalogue"], *("- " + lex["listing"].format(**p.words(lang)) for p in products)])
-    question = ask(lang, rng, split, "recommend", colour=lex["colours"][wanted.colour])
-    return {"messages": about(listing, question), "answer": wanted.name}
+    wanted = rng.sample(products, turns)
+    return chat(listing, [(ask(lang, rng, split, "recommend", colour=lex["colours"][p.colour]), p.name) for p in wanted])
 
 
 def numerical_reasoning(lang, rng, split):
@@ -113,13 +118,13 @@ def review_understanding(lang, rng, split):
     return {"messages": about(text, ask(lang, rng, split, kind)), "answer": answer, "choices": choices}
 
 
-def query_rewriting(lang, rng, split):
-    product = draw_product(rng, split)
-    noisy = market.noisy_query(product, lang, rng, split)
-    return {
-        "messages": about(noisy, ask(lang, rng, split, "rewrite")),
-        "answer": market.clean_query(product, lang),
-    }
+def query_rewriting(lang, rng, split, turns=1):
+    products = [draw_product(rng, split) for _ in range(turns)]
+    noisy = [market.noisy_query(product, lang, rng, split) for product in products]
+    asked = [ask(lang, rng, split, "rewrite") for _ in products]
+    questions = [asked[0], *(f"{query}\n\n{question}" for query, question in zip(noisy[1:], asked[1:], strict=True))]
+    pairs = [(question, market.clean_query(product, lang)) for question, product in zip(questions, products, strict=True)]
+    return chat(noisy[0], pairs)
 
 
 def mathematics(lang, rng, split):
@@ -163,14 +168,18 @@ def tasks(split, seed, per_task):
 
 
 def conversations(seed, per_language):
-    """Training chats of eight questions about one page: the same reading serves eight answers."""
+    """Training chats of several questions: one reading of a page, a listing or a string of queries serves many answers."""
     kinds = ("brand", "city", "colour", "material", "category", "stock", "price", "match")
     made = []
     for lang in LANGUAGES:
         rng = random.Random(f"conversations-{seed}-{lang}")
         for i in range(per_language):
-            chat = dialogue(lang, rng, "train", kinds, turns=len(kinds))
-            made.append({"id": f"train-conversation-{lang}-{i}", "task": "conversation", "lang": lang, **chat})
+            makers = (
+                lambda lang, rng: dialogue(lang, rng, "train", kinds, turns=len(kinds)),
+                lambda lang, rng: recommendation(lang, rng, "train", turns=3),
+                lambda lang, rng: query_rewriting(lang, rng, "train", turns=4),
+            )
+            made.append({"id": f"train-conversation-{lang}-{i}", "task": "conversation", "lang": lang, **makers[i % 3](lang, rng)})
     return made
 
 
