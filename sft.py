@@ -8,6 +8,7 @@ best-fit decreasing into rows of the context; each sees only itself, and only an
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
 """
 
+import math
 import os
 import random
 
@@ -163,7 +164,11 @@ def run_stage(stage, args, device, tokenizer):
     if args.resume and finished(args.run, stage, schedule.steps):
         print(f"{stage}: already finished")
         return
-    examples = read_tasks(args.data) if args.data else tasks("train", args.seed, 300) + conversations(args.seed, 2400)
+    if args.data:
+        examples = read_tasks(args.data)
+    else:  # a short run needs less to read
+        share = min(1.0, schedule.steps / 500)
+        examples = tasks("train", args.seed, math.ceil(300 * share)) + conversations(args.seed, math.ceil(2400 * share))
     model = load_model(state, device)
     chats = PackedChats(curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed)
     fit(
