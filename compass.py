@@ -317,7 +317,7 @@ class Compass(nn.Module):
 def init_weights(module, n_layers):
     """Normal with std 1/sqrt(fan_in); matrices that write to the residual stream smaller by sqrt(2L).
 
-    std 0.02 at every width, the common choice, learns to copy from the context far later at small widths.
+    A fixed 0.02, the common choice, would not follow the width of the model.
     """
     for name, p in module.named_parameters():
         if p.dim() < 2:

@@ -7,7 +7,7 @@ pure function of (seed, step), so a killed run resumes on the same curve, bit fo
 Shapes: B rows, T tokens. A batch is a dict of (B, T) tensors: tokens, targets (already shifted), weights (0 where
 a target does not count), doc_ids (-1 is padding), positions (restart in each document).
 
-    python train.py                                                  # laptop: all stages of `tiny`, about four minutes
+    python train.py                                                  # laptop: all stages of `tiny`
     python train.py --config small --data /corpus --run runs/small   # GPU: the same stages, bigger numbers
 """
 
