@@ -4,8 +4,8 @@ Accuracy is generative: the model answers greedily and a scorer of data/scorers.
 reference. It stands beside three baselines that know nothing: the most frequent training answer,
 a word copied from the prompt by rule, and the model itself with the product text cut away.
 
-    python evaluate.py                                   # report of runs/demo
-    python evaluate.py --tasks my_tasks.jsonl --run runs/small --device cuda
+    python evaluate.py                                          # report of runs/demo
+    python evaluate.py --tasks 50 --run runs/small --device cuda   # more tasks, narrower error
 """
 
 import json

@@ -18,15 +18,16 @@ import cli
 from checkpoint import inherit, load_latest, load_model
 from cli import InputError
 from data.reader import read_jsonl
-from data.tasks import conversations, tasks
-from tokenizer import Tokenizer
+from data.tasks import training
+from tokenizer import ROLES, Tokenizer
 from train import Schedule, assemble, finished, fit, language_model_loss
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
-    "sft1": ("long", Schedule(2400, 3e-3, 1e-4, 30, (0.1, 0.1))),
-    "sft2": ("sft1", Schedule(600, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
+    "sft1": ("long", Schedule(3000, 3e-3, 1e-4, 30, (0.1, 0.1))),
+    "sft2": ("sft1", Schedule(1000, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
 }
+PER_LANGUAGE = 6600  # embedded training tasks
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 
 
@@ -97,16 +98,20 @@ def chat_of(task, thinking):
 
 def curriculum(stage, examples, seed):
     """[(task, thinking), …] of a stage: sft1 answers directly what needs no thought; sft2 adds reasoning with its
-    thought, and half of everything, direct, so that nothing is forgotten and the switch is learnt."""
-    if stage == "sft1":
-        return [(task, False) for task in examples if "think" not in task]
+    thought, and half as many of everything, direct, so that nothing is forgotten and the switch is learnt."""
     reasoning = [task for task in examples if "think" in task]
-    resampled = random.Random(f"sft2-{seed}").sample(examples, k=len(examples) // 2)
+    if stage == "sft1":
+        if reasoning:
+            print(f"sft1: {len(reasoning):,} of {len(examples):,} tasks have a thought and wait for sft2")
+        if len(reasoning) == len(examples):
+            raise InputError("sft1 needs tasks without a thought; all of these have one")
+        return [(task, False) for task in examples if "think" not in task]
+    resampled = random.Random(f"sft2-{seed}").sample(examples, k=min(len(examples), math.ceil(len(reasoning) / 2)))
     return [(task, True) for task in reasoning] + [(task, False) for task in resampled]
 
 
 def read_tasks(path):
-    """Tasks of a .jsonl file; a line without messages or answer is an error with its number."""
+    """Tasks of a .jsonl file; a line without messages or answer, or with a bad message, is an error with its number."""
     if not os.path.isfile(path):
         raise InputError(f"--data {path}: no such task file")
     examples = []
@@ -114,6 +119,12 @@ def read_tasks(path):
         for field, kind in (("messages", list), ("answer", str)):
             if not isinstance(task.get(field), kind) or not task[field]:
                 raise InputError(f'{path}:{number}: field "{field}" is missing, empty or no {kind.__name__}')
+        for message in task["messages"]:
+            fields = message if isinstance(message, dict) else {}
+            if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str):
+                raise InputError(f"{path}:{number}: a message needs a role ({', '.join(ROLES)}) and a text as content, got {message!r}")
+        if not isinstance(task.get("think", ""), str):
+            raise InputError(f'{path}:{number}: field "think" is no str')
         examples.append(task)
     if not examples:
         raise InputError(f"{path}: empty file")
@@ -167,8 +178,7 @@ def run_stage(stage, args, device, tokenizer):
     if args.data:
         examples = read_tasks(args.data)
     else:  # a short run needs less to read
-        share = min(1.0, schedule.steps / 500)
-        examples = tasks("train", args.seed, math.ceil(300 * share)) + conversations(args.seed, math.ceil(2400 * share))
+        examples = training(args.seed, math.ceil(PER_LANGUAGE * min(1.0, schedule.steps / 500)))
     model = load_model(state, device)
     chats = PackedChats(curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed)
     fit(

@@ -27,6 +27,7 @@ from cli import InputError
 # at every vowel sign); digits are single tokens so that arithmetic sees place values.
 PATTERN = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>")
+ROLES = ("system", "user", "assistant")
 THINK_PROMPT = "Think step by step between <think> and </think>, then answer."
 MAIN = ("en", "zh", "id", "ms", "pt", "tl", "th", "vi")
 EUROPEAN = ("nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk")
@@ -244,8 +245,8 @@ class Tokenizer:
         ids, mask = [], []
         for i, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise InputError(f"message {i}: need a role (system, user, assistant) and text, got {message!r}")
+            if role not in ROLES or not isinstance(content, str):
+                raise InputError(f"message {i}: need a role ({', '.join(ROLES)}) and text, got {message!r}")
             body = self.encode(" " + content) + [self.special["<|end|>"]]
             if role == "assistant" and thinking and i == len(messages) - 1 and message.get("think"):
                 thought = self.encode(" " + message["think"])

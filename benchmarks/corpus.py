@@ -5,7 +5,7 @@
     python -m benchmarks.corpus --data CORPUS --run runs/corpus
 
 The held-out text is every twentieth document by hash (data/reader.py). xz sees all of it at once and needs no
-model; ours has read the training text. Writes benchmarks/results/corpus.json.
+model; ours has read the training text. Writes corpus.json in the run folder.
 """
 
 import json
@@ -39,8 +39,7 @@ def main():
     print(table(rows, ["language", "held-out bytes", "bytes per token", "Compass, bits per byte", "xz -9, bits per byte"]))
     stage = latest_stage(args.run)
     content = {"stage": stage, "step": load_latest(args.run, stage)["step"], "seed": args.seed, "by_language": result}
-    path = os.path.join(os.path.dirname(__file__), "results", "corpus.json")
-    write_atomically(path, json.dumps(content, indent=1).encode())
+    write_atomically(os.path.join(args.run, "corpus.json"), json.dumps(content, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -106,20 +106,24 @@ def draw_product(rng, split):
             return product
 
 
-def phrase(templates, lang, rng, split):
-    """One of the split's templates. Half of the training ones are worn: words are missing, as in hurried typing, so
-    that a model cannot lean on whole phrases and has to find the words that matter."""
-    template = rng.choice(templates[split])
-    if split == "test" or rng.random() < 0.5:
-        return template
-    spaced = lang not in ("zh", "th")
-    pieces = template.split(" ") if spaced else re.findall(r"\{\w+\}|[^{]{1,3}", template)
-    kept = [piece for piece in pieces if "{" in piece or "\n" in piece or rng.random() < 0.75]
-    return (" " if spaced else "").join(kept) or template
+def phrase(templates, rng):
+    """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested."""
+    template = rng.choice(templates)
+    while "[" in template:  # innermost first
+        template = re.sub(r"\[([^\[\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), template)
+    return re.sub(" +", " ", template).strip(" ")
 
 
 def page(product, lang, rng, split):
-    return phrase(lexicon(lang)["pages"], lang, rng, split).format(**product.words(lang))
+    """A product page. Training pages are a head and the facts in any order; test pages have templates of their own."""
+    pages = lexicon(lang)["pages"]
+    if split == "test":
+        template = phrase(pages["test"], rng)
+    else:
+        facts = [phrase(phrasings, rng) for phrasings in pages["facts"].values()]
+        rng.shuffle(facts)
+        template = phrase(pages["heads"], rng) + "\n" + rng.choice(pages["joiners"]).join(facts)
+    return template.format(**product.words(lang))
 
 
 def review(product, lang, rng, split, polarities):
@@ -127,7 +131,7 @@ def review(product, lang, rng, split, polarities):
     lex = lexicon(lang)
     aspects = rng.sample(list(lex["aspects"]), 2)
     remarks = [rng.choice(lex[polarity][aspect]) for polarity, aspect in zip(polarities, aspects, strict=True)]
-    template = phrase(lex["reviews"], lang, rng, split)
+    template = phrase(lex["reviews"][split], rng)
     return template.format(first=remarks[0], second=remarks[1], **product.words(lang)), aspects
 
 
@@ -135,7 +139,7 @@ def noisy_query(product, lang, rng, split):
     """What a hurried buyer types: abbreviations, slang, fillers."""
     lex = lexicon(lang)
     slang = lex["slang"]
-    return phrase(lex["noisy_query"], lang, rng, split).format(colour=slang[product.colour], type=slang[product.type])
+    return phrase(lex["noisy_query"][split], rng).format(colour=slang[product.colour], type=slang[product.type])
 
 
 def clean_query(product, lang):
@@ -178,7 +182,7 @@ def faq_document(lang, rng, split):
     words = product.words(lang)
     lines = [page(product, lang, rng, split)]
     for kind in rng.sample(("brand", "city", "colour", "material", "category", "stock", "price"), 4):
-        lines.append(f"{phrase(lex['questions'][kind], lang, rng, split)} {words[kind]}")
+        lines.append(f"{phrase(lex['questions'][kind][split], rng)} {words[kind]}")
     return "\n".join(lines)
 
 
@@ -209,9 +213,9 @@ def document(lang, rng, split, kind):
 
 # kind -> weight, per pre-training stage: everything, then the cleanest, then long documents among short ones
 MIXTURES = {
-    "general": {"page": 25, "faq": 30, "review": 15, "chat": 10, "queries": 10, "maths": 8, "code": 2},
-    "anneal": {"faq": 60, "queries": 20, "maths": 20},
-    "long": {"faq": 30, "queries": 10, "maths": 10, "shop": 6},
+    "general": {"page": 20, "faq": 30, "review": 15, "chat": 8, "queries": 8, "maths": 17, "code": 2},
+    "anneal": {"faq": 50, "queries": 10, "maths": 40},
+    "long": {"faq": 30, "queries": 6, "maths": 20, "shop": 6},
 }
 
 

@@ -10,6 +10,7 @@ that never occur in training.
     python -m data.tasks --out tasks --seed 1   # tasks/train.jsonl and tasks/test.jsonl
 """
 
+import functools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ YES_NO = ("yes", "no")
 
 
 def ask(lang, rng, split, kind, **words):
-    return market.phrase(lexicon(lang)["questions"][kind], lang, rng, split).format(**words)
+    return market.phrase(lexicon(lang)["questions"][kind][split], rng).format(**words)
 
 
 def about(text, question):
@@ -68,7 +69,7 @@ def chat(text, pairs):
 
 
 def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns=2):
-    """Several turns about one page."""
+    """Several turns about one page, each asking for another of `kinds`."""
     product = draw_product(rng, split)
     pairs = [question_about(product, lang, rng, split, kind) for kind in rng.sample(kinds, turns)]
     return chat(page(product, lang, rng, split), pairs)
@@ -118,13 +119,10 @@ def review_understanding(lang, rng, split):
     return {"messages": about(text, ask(lang, rng, split, kind)), "answer": answer, "choices": choices}
 
 
-def query_rewriting(lang, rng, split, turns=1):
-    products = [draw_product(rng, split) for _ in range(turns)]
-    noisy = [market.noisy_query(product, lang, rng, split) for product in products]
-    asked = [ask(lang, rng, split, "rewrite") for _ in products]
-    questions = [asked[0], *(f"{query}\n\n{question}" for query, question in zip(noisy[1:], asked[1:], strict=True))]
-    pairs = [(question, market.clean_query(product, lang)) for question, product in zip(questions, products, strict=True)]
-    return chat(noisy[0], pairs)
+def query_rewriting(lang, rng, split):
+    product = draw_product(rng, split)
+    noisy = market.noisy_query(product, lang, rng, split)
+    return {"messages": about(noisy, ask(lang, rng, split, "rewrite")), "answer": market.clean_query(product, lang)}
 
 
 def mathematics(lang, rng, split):
@@ -167,19 +165,25 @@ def tasks(split, seed, per_task):
     return made
 
 
-def conversations(seed, per_language):
-    """Training chats of several questions: one reading of a page, a listing or a string of queries serves many answers."""
-    kinds = ("brand", "city", "colour", "material", "category", "stock", "price", "match")
-    made = []
+ASKED = ("brand", "city", "colour", "material", "category", "stock", "price", "match", "match")
+CONVERSATIONS = {  # training only: one reading of a page or a listing serves many answers
+    "page": functools.partial(dialogue, kinds=ASKED, turns=8),
+    "listing": functools.partial(recommendation, turns=3),
+}
+# share of each in the training set
+TRAINING = {
+    "page": 30, "listing": 12, "review_understanding": 16, "query_rewriting": 4, "classification": 4, "matching": 4,
+    "product_info": 2, "attribute_extraction": 2, "dialogue": 2, "mathematics": 12, "numerical_reasoning": 12,
+}  # fmt: skip
+
+
+def training(seed, per_language):
+    """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed."""
+    makers, made = {**TASKS, **CONVERSATIONS}, []
     for lang in LANGUAGES:
-        rng = random.Random(f"conversations-{seed}-{lang}")
-        for i in range(per_language):
-            makers = (
-                lambda lang, rng: dialogue(lang, rng, "train", kinds, turns=len(kinds)),
-                lambda lang, rng: recommendation(lang, rng, "train", turns=3),
-                lambda lang, rng: query_rewriting(lang, rng, "train", turns=4),
-            )
-            made.append({"id": f"train-conversation-{lang}-{i}", "task": "conversation", "lang": lang, **makers[i % 3](lang, rng)})
+        rng = random.Random(f"training-{seed}-{lang}")
+        for i, name in enumerate(rng.choices(list(TRAINING), TRAINING.values(), k=per_language)):
+            made.append({"id": f"training-{lang}-{i}", "task": name, "lang": lang, **makers[name](lang, rng, "train")})
     return made
 
 
@@ -190,11 +194,10 @@ def main():
             print(json.dumps(task, ensure_ascii=False))
         return
     os.makedirs(args.out, exist_ok=True)
-    for split, per_task in (("train", 200), ("test", 10)):
+    for split, made in (("train", training(args.seed, 2000)), ("test", tasks("test", args.seed, 10))):
         with open(os.path.join(args.out, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-            for task in tasks(split, args.seed, per_task):
-                file.write(json.dumps(task, ensure_ascii=False) + "\n")
-        print(f"{file.name}: {per_task} of each task and language")
+            file.writelines(json.dumps(task, ensure_ascii=False) + "\n" for task in made)
+        print(f"{file.name}: {len(made)} tasks")
 
 
 if __name__ == "__main__":

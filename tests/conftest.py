@@ -34,7 +34,7 @@ def micro_tokenizer():
     return Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script():
     """Run `python <args>` in the repository; returns the finished process (text output)."""
 

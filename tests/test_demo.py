@@ -4,32 +4,76 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 from conftest import ROOT
 
+import cli
 from checkpoint import checkpoints
-from data.tasks import tasks
+from data import market
+from data.tasks import tasks, training
 from evaluate import accuracy, copied_answers, majority_answers, without_text
+from sft import read_tasks
 
 
-def test_demo_runs_the_whole_chain_and_then_skips_it(tmp_path, script):
-    env = {**os.environ, "RUN": str(tmp_path / "run"), "STEPS": "3", "TASKS": "1"}
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(run folder, finished process) of demo.sh with three steps a stage."""
+    run = tmp_path_factory.mktemp("demo") / "run"
+    env = {**os.environ, "RUN": str(run), "STEPS": "3", "TASKS": "1"}
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
-    first = subprocess.run(["bash", "demo.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    return run, subprocess.run(["bash", "demo.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_demo_runs_the_whole_chain_and_then_skips_it(demo, script):
+    run, first = demo
     assert first.returncode == 0, first.stderr[-2000:]
-    report = json.load(open(tmp_path / "run" / "report.json"))
+    report = json.load(open(run / "report.json"))
     stages = ["general", "anneal", "long", "sft1", "sft2"]
     assert list(report["loss"]) == stages and all(loss > 0 for loss in report["loss"].values())
     assert set(report["accuracy"]) == {"long", "sft1", "sft2", "without text", "majority", "copy"}
     assert set(report["accuracy"]["sft2"]["by_language"]) == {"en", "zh", "id", "ms", "pt", "tl", "th", "vi"}
     assert set(report["thinking"]) == {"on", "off"} and report["bits_per_byte"]["long"]["th"] > 0
-    names = os.listdir(tmp_path / "run")
-    assert {"loss.png", "load.png", "accuracy.png", "report.md", "metrics.jsonl"} <= set(names)
-    assert all(os.path.basename(checkpoints(tmp_path / "run", stage)[0]) == "step_3.pt" for stage in stages)
+    assert {"loss.png", "load.png", "accuracy.png", "report.md", "metrics.jsonl"} <= set(os.listdir(run))
+    assert all(os.path.basename(checkpoints(run, stage)[0]) == "step_3.pt" for stage in stages)
     assert "| all |" in first.stdout and "inherited from long step 3" in first.stdout
-    again = [script(f"{name}.py", "--run", tmp_path / "run", "--steps", 3, "--resume") for name in ("train", "sft")]
+    again = [script(f"{name}.py", "--run", run, "--steps", 3, "--resume") for name in ("train", "sft")]
     assert [result.stdout.count("already finished") for result in again] == [3, 2]
+
+
+def test_chat_in_the_terminal(demo, script):
+    result = script("generate.py", "--run", demo[0], input="/think\nhi\n\nWhat is 2 + 2?\n")
+    assert result.returncode == 0 and "thinking is on" in result.stdout and result.stdout.count("> ") >= 5
+
+
+def test_checkpoints_are_listed(demo, script):
+    result = script("checkpoint.py", "--run", demo[0])
+    assert result.stdout.count("intact, 2.6") == 5 and result.stdout.endswith("newest stage: sft2\n")
+
+
+def test_corpus_benchmark_reads_a_folder(demo, script, tmp_path):
+    texts = [document["text"] for document in islice(market.documents("general", 5), 400)]
+    (tmp_path / "th.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    result = script("-m", "benchmarks.corpus", "--data", tmp_path, "--run", demo[0])
+    assert result.returncode == 0, result.stderr
+    figures = json.load(open(demo[0] / "corpus.json"))["by_language"]["th"]
+    assert 0 < figures["xz"] < 8 and 0 < figures["compass"] < 8 and "| th |" in result.stdout
+
+
+def test_written_task_files_are_read_back(script, tmp_path):
+    assert script("-m", "data.tasks", "--out", tmp_path).returncode == 0
+    assert read_tasks(tmp_path / "test.jsonl") == tasks("test", 0, 10)
+    assert read_tasks(tmp_path / "train.jsonl") == training(0, 2000)
+
+
+def test_an_interrupted_script_says_so(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        cli.run(main)
+    assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
 def test_another_tokenizer_is_refused(tmp_path, script, micro_tokenizer):

@@ -63,7 +63,15 @@ def test_curriculum_switches_thinking_with_the_stage():
     assert not any(thinking or "think" in task for task, thinking in curriculum("sft1", examples, 0))
     second = curriculum("sft2", examples, 0)
     assert {task["task"] for task, thinking in second if thinking} == {"numerical_reasoning", "mathematics"}
-    assert sum(not thinking for _, thinking in second) == len(examples) // 2
+    assert sum(not thinking for _, thinking in second) == 24  # half as many as the 48 thoughts
+
+
+def test_sft1_says_what_it_leaves_to_sft2(capsys):
+    reasoning = [task for task in tasks("train", 0, 1) if "think" in task]
+    curriculum("sft1", tasks("train", 0, 1), 0)
+    assert f"{len(reasoning)} of 80 tasks have a thought" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="without a thought"):
+        curriculum("sft1", reasoning, 0)
 
 
 def test_over_long_samples_are_reported(micro_tokenizer, capsys):
@@ -81,6 +89,8 @@ def test_over_long_samples_are_reported(micro_tokenizer, capsys):
         ('{"messages": [', "tasks.jsonl:2: malformed JSON"),
         ('{"answer": "x"}', 'tasks.jsonl:2: field "messages"'),
         ('{"messages": [{"role": "user", "content": "q"}], "answer": ""}', 'tasks.jsonl:2: field "answer"'),
+        ('{"messages": [{"role": "buyer", "content": "q"}], "answer": "a"}', "tasks.jsonl:2: a message needs a role"),
+        ('{"messages": [{"role": "user", "content": "q"}], "answer": "a", "think": 3}', 'tasks.jsonl:2: field "think"'),
     ],
 )
 def test_bad_task_files_name_the_line(tmp_path, line, message):
