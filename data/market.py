@@ -158,11 +158,23 @@ def steps_product(a, n):
     return f"{tens} × {n} = {tens * n}, {ones} × {n} = {ones * n}, {tens * n} + {ones * n} = {a * n}"
 
 
-def maths_document(rng):
+def draw_sum(rng, split):
+    """Two numbers of two digits whose sum belongs to the training or the test world, by a hash of the pair."""
+    while True:
+        a, b = rng.randint(11, 99), rng.randint(11, 99)
+        if (zlib.crc32(f"{a}+{b}".encode()) % 10 == 0) == (split == "test"):
+            return a, b
+
+
+def maths_document(rng, split):
     lines = []
     for _ in range(4):
-        a, b, n = rng.randint(11, 99), rng.randint(11, 99), rng.randint(2, 9)
-        lines.append(f"{a} + {b}: {steps_sum(a, b)}" if rng.random() < 0.5 else f"{a} × {n}: {steps_product(a, n)}")
+        if rng.random() < 0.5:
+            a, b = draw_sum(rng, split)
+            lines.append(f"{a} + {b}: {steps_sum(a, b)}")
+        else:
+            a, n = rng.randint(11, 99), rng.randint(2, 9)
+            lines.append(f"{a} × {n}: {steps_product(a, n)}")
     return "\n".join(lines)
 
 
@@ -194,7 +206,7 @@ def query_log(lang, rng, split):
 def document(lang, rng, split, kind):
     """One training document of a kind in KINDS."""
     if kind == "maths":
-        return maths_document(rng)
+        return maths_document(rng, split)
     if kind == "code":
         return code_document(rng)
     if kind == "queries":
