@@ -178,7 +178,7 @@ def plot_accuracy(result, title, path):
     axis.set_yticks(range(len(names)), names)
     for i, row in enumerate(grid):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
     axis.set_title(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

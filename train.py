@@ -257,9 +257,9 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
                 entry["max_load"] = max(map(max, load))
                 if entry["max_load"] * model.config.top_k > 0.8:
                     entry["warning"] = "router collapse: one expert takes over 80 % of the tokens"
-                    if not collapsed:
+                    if not collapsed and step >= schedule.warmup:  # while warming up it comes and goes
                         bar.write(f"{stage} step {step}: {entry['warning']} (said once; see metrics.jsonl)")
-                    collapsed = True
+                        collapsed = True
                 if step + 1 == schedule.steps:
                     entry["load"] = load
             bad = 0 if finite else bad + 1
