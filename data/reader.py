@@ -5,6 +5,7 @@ file's name when it is a language code (th.jsonl), else unknown. Every twentieth
 held out for measuring and never trained on.
 """
 
+import gzip
 import json
 import os
 import zlib
@@ -16,13 +17,17 @@ CODES = set(market.LANGUAGES) | set(["nl", "fr", "de", "el", "it", "pl", "ru", "
 
 
 def _lines(path):
-    """(number, line) of a file's lines; a byte that is not UTF-8 is an error with its line."""
-    with open(path, "rb") as file:
+    """(number, line) of a file's lines, unpacked if it ends in .gz; a byte that is not UTF-8 is an error with its line."""
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from None
+
+
+def read_text(path):
+    return "".join(line for _, line in _lines(path))
 
 
 def read_jsonl(path):
@@ -51,7 +56,7 @@ def read_folder(folder):
         default = stem if stem in CODES else None
         documents = 0
         if ending == ".txt":
-            text = "".join(text for _, text in _lines(path))
+            text = read_text(path)
             if text.strip():
                 documents += 1
                 yield {"text": text, "lang": default, "kind": stem}

@@ -1,0 +1,138 @@
+"""The corpus chain: steps that turn any folder of text, web pages or crawls into clean documents (v2 §2.1).
+
+    extract   HTML, WARC, .txt, .jsonl(.gz) to documents         data/extract.py
+    langid    language of every sentence, wrong labels mended    data/langid.py
+    dedup     exact and near duplicates, good repeats kept       data/dedup.py
+
+A step reads a folder and writes one .jsonl for each input file: documents one by one (memory flat), files over all
+cores, each written aside and renamed when complete. Killed, it goes on with the files it had not finished,
+and the output is the same. report.json in the output folder counts what was removed and why.
+
+    python -m data.chain --step extract --data crawl --out corpus/1
+    python -m data.chain --step dedup --data corpus/1 --out corpus/2
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+
+from tqdm import tqdm
+
+import cli
+from cli import InputError
+from data import dedup, langid
+from data.extract import ENDINGS, documents_of
+
+
+def files_of(folder):
+    """{name: path} of the files a step reads, in name order. Raises InputError when there is none."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
+    found = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(ENDINGS)}
+    if not found:
+        raise InputError(f"{folder}: holds no file ending in {' '.join(ENDINGS)}")
+    return found
+
+
+def output_name(name):
+    """th.jsonl and th.jsonl.gz stay th.jsonl; page.html becomes page.html.jsonl, so that no two inputs meet."""
+    return name if name.endswith(".jsonl") else name.removesuffix(".jsonl.gz") + ".jsonl"
+
+
+def _write(path, lines):
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(path + ".part", path)
+
+
+def _process(step, source, target):
+    """Run one file through the step; its counts are renamed into place before its documents, which mark it done."""
+    counts, began = Counter(), time.perf_counter()
+
+    def read():
+        for document in documents_of(source):
+            counts["documents in"] += 1
+            counts["bytes in"] += len(document["text"].encode())
+            yield document
+
+    def written():
+        for document in step(read(), counts, source):
+            counts["documents out"] += 1
+            counts["bytes out"] += len(document["text"].encode())
+            yield json.dumps(document, ensure_ascii=False) + "\n"
+
+    _write(target + ".part.data", written())
+    counts["seconds"] = time.perf_counter() - began
+    _write(target + ".counts", [json.dumps(counts)])
+    os.replace(target + ".part.data", target)
+
+
+def claim(out, settings):
+    """Make the output folder of a step; a folder with another step's or other settings' output is an error."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "settings.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            if (found := json.load(file)) != settings:
+                raise InputError(f"{out}: holds the output of {found}, not of {settings}; choose another folder")
+    _write(path, [json.dumps(settings)])
+
+
+def run(name, step, source, out, workers=None):
+    """Apply `step(documents, counts, path) -> documents` to every file of `source`; return the report, also in out/report.json.
+
+    step must be picklable, is a generator over one file's documents, and counts each removal as "removed: <reason>".
+    """
+    jobs = [(path, os.path.join(out, output_name(file))) for file, path in files_of(source).items()]
+    if len({target for _, target in jobs}) < len(jobs):
+        raise InputError(f"{source}: a .jsonl and a .jsonl.gz file have the same name")
+    pending = [job for job in jobs if not os.path.exists(job[1])]
+    with multiprocessing.Pool(workers) as pool:
+        for _ in tqdm(pool.imap_unordered(functools.partial(_star, step), pending), total=len(pending), desc=name, unit="file"):
+            pass
+    totals = Counter()
+    for _, target in jobs:
+        with open(target + ".counts", encoding="utf-8") as file:
+            totals.update(json.load(file))
+    report = {"step": name, **dict(sorted(totals.items()))}
+    _write(os.path.join(out, "report.json"), [json.dumps(report, indent=1)])
+    return report
+
+
+def _star(step, job):
+    _process(step, *job)
+
+
+def keep_nonempty(documents, counts, source):
+    """The extract step: what is left after reading, without empty documents."""
+    for document in documents:
+        if document["text"].strip():
+            yield document
+        else:
+            counts["removed: empty"] += 1
+
+
+def main():
+    args = cli.parse(
+        __doc__, "data",
+        data=dict(required=True, help="folder to read"),
+        out=dict(required=True, help="folder to write"),
+        step=dict(required=True, choices=("extract", "langid", "dedup")),
+        keep=dict(type=int, default=1, help="dedup: copies to keep of a repeated document whose quality is good"),
+    )  # fmt: skip
+    if os.path.realpath(args.data) == os.path.realpath(args.out):
+        raise InputError(f"{args.out}: a step cannot write into the folder that it reads")
+    paths = list(files_of(args.data).values())
+    claim(args.out, {"step": args.step, "data": args.data, "keep": args.keep})
+    steps = {"extract": keep_nonempty, "langid": langid.step}
+    step = steps[args.step] if args.step in steps else dedup.plan(paths, args.out, args.keep)
+    report = run(args.step, step, args.data, args.out)
+    for key, value in report.items():
+        print(f"{key:>24}: {value:,.1f}" if isinstance(value, float) else f"{key:>24}: {value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

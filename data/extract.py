@@ -1,0 +1,124 @@
+"""Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html and .warc(.gz) to documents (v2 §2.1.1).
+
+HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blocks become lines. A WARC is read record
+by record; its HTML responses are kept. One output .jsonl for each input file, one {"text", "lang"?, "source"} a line.
+
+    python -m data.chain --step extract --data crawl --out corpus/1
+"""
+
+import gzip
+import os
+import re
+from html.parser import HTMLParser
+
+from cli import InputError
+from data.reader import read_jsonl, read_text
+
+ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz")
+SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
+BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "table", "ul", "ol"}
+VOID = {"br", "img", "hr", "meta", "link", "input", "wbr", "area", "base", "col", "embed", "source", "track"}
+
+
+class _Text(HTMLParser):
+    """Collects the visible text; a skipped element hides all it holds."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.pieces, self.hidden = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "body":
+            self.hidden.clear()  # a <head> that was never closed ends here
+        elif self.hidden:
+            if tag == self.hidden[-1]:
+                self.hidden.append(tag)
+        elif tag in SKIPPED:
+            self.hidden.append(tag)
+        if tag in BLOCKS:
+            self.pieces.append("\n")
+        elif tag in ("td", "th"):
+            self.pieces.append(" ")
+
+    def handle_endtag(self, tag):
+        if self.hidden and tag == self.hidden[-1]:
+            self.hidden.pop()
+        if tag in BLOCKS:
+            self.pieces.append("\n")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.pieces.append(re.sub(r"\s+", " ", data))
+
+
+def html_to_text(html):
+    """The visible text of an HTML page (str), one block a line."""
+    parser = _Text()
+    parser.feed(html)
+    parser.close()
+    lines = (re.sub(" +", " ", line).strip() for line in "".join(parser.pieces).split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def decode_html(raw, declared=None):
+    """Bytes to text: the declared charset, else the page's own <meta charset>, else UTF-8; never fails."""
+    meta = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
+    name = declared or (meta[1].decode() if meta else "utf-8")
+    try:
+        return raw.decode(name, errors="replace")
+    except LookupError:
+        return raw.decode("utf-8", errors="replace")
+
+
+def _headers(file):
+    """{lower-case name: value} of header lines up to the empty one."""
+    headers = {}
+    for line in iter(file.readline, b""):
+        if not line.strip():
+            break
+        name, _, value = line.decode("utf-8", errors="replace").partition(":")
+        headers[name.strip().lower()] = value.strip()
+    return headers
+
+
+def read_warc(path):
+    """Yield (url, html) of the HTML responses in a .warc or .warc.gz file (ISO 28500)."""
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        number = 0
+        while line := file.readline():
+            if not line.strip():
+                continue
+            number += 1
+            if not line.startswith(b"WARC/"):
+                raise InputError(f"{path}: record {number} does not begin with WARC/ but with {line[:20]!r}")
+            headers = _headers(file)
+            if not headers.get("content-length", "").isdigit():
+                raise InputError(f"{path}: record {number} has no Content-Length")
+            body = file.read(int(headers["content-length"]))
+            if len(body) < int(headers["content-length"]):
+                raise InputError(f"{path}: record {number} is cut short")
+            if headers.get("warc-type") != "response":
+                continue
+            head, _, payload = body.partition(b"\r\n\r\n")
+            kind = re.search(rb"(?im)^content-type:\s*(?:text/html|application/xhtml\+xml)(?:.*charset=\"?([\w-]+))?", head)
+            if kind:
+                yield headers.get("warc-target-uri", ""), decode_html(payload, kind[1] and kind[1].decode())
+
+
+def documents_of(path):
+    """Yield the documents of one file by its ending: {"text", "lang"?, "source"}."""
+    name = os.path.basename(path)
+    stem = name.split(".")[0]
+    if name.endswith(".txt"):
+        yield {"text": read_text(path), "source": stem}
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        for number, value in read_jsonl(path):
+            if not isinstance(value.get("text"), str):
+                raise InputError(f'{path}:{number}: field "text" is missing or no str')
+            yield value
+    elif name.endswith((".html", ".htm")):
+        with open(path, "rb") as file:
+            yield {"text": html_to_text(decode_html(file.read())), "source": stem}
+    else:
+        for url, html in read_warc(path):
+            yield {"text": html_to_text(html), "source": url}

@@ -1,0 +1,195 @@
+"""data/: extraction, duplicates, and the chain that runs the steps: planted noise, kills, bad input."""
+
+import gzip
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+
+from data import dedup, langid, market
+from data.extract import decode_html, html_to_text, read_warc
+
+PAGE = """<html><head><title>x</title><style>p {color: red}</style></head><body><nav>Home | Cart</nav>
+<h1>Baju  kurung</h1><p>Harga <b>RM45</b>,<br>stok 3 &amp; lagi</p><script>if (a < b) { track() }</script>
+<table><tr><td>Warna</td><td>biru</td></tr></table><footer>(c)</footer></body></html>"""
+
+
+def test_a_page_becomes_what_a_reader_sees():
+    assert html_to_text(PAGE) == "Baju kurung\nHarga RM45,\nstok 3 & lagi\nWarna biru"
+    assert html_to_text("<head><title>never closed<body>text") == "text"
+    assert html_to_text("") == "" and html_to_text("no tags < 5") == "no tags < 5"
+
+
+def test_charsets():
+    assert decode_html("สี".encode("tis-620"), "tis-620") == "สี"
+    assert decode_html(b'<meta charset="gb2312">' + "红".encode("gb2312")).endswith("红")
+    assert decode_html("é".encode(), "no-such-charset") == "é"
+
+
+def warc_record(body, kind="response", uri="http://a.example/"):
+    header = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return header.encode() + body + b"\r\n\r\n"
+
+
+def test_warc_keeps_html_responses(tmp_path):
+    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + PAGE.encode()
+    image = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n\x89PNG"
+    records = warc_record(b"software: x", "warcinfo") + warc_record(page) + warc_record(image) + warc_record(page, uri="http://b.example/")
+    for name, content in (("a.warc", records), ("b.warc.gz", gzip.compress(records))):
+        (tmp_path / name).write_bytes(content)
+        assert [url for url, html in read_warc(str(tmp_path / name))] == ["http://a.example/", "http://b.example/"]
+    (tmp_path / "c.warc").write_bytes(records[:-200])
+    with pytest.raises(ValueError, match="c.warc: record 4 is cut short"):
+        list(read_warc(str(tmp_path / "c.warc")))
+
+
+def test_minhash_estimates_the_jaccard_index():
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(400)]
+    for changed in (0, 10, 40, 200):
+        other = list(words)
+        for i in rng.sample(range(400), changed):
+            other[i] = f"x{i}"
+        a, b = set(dedup.shingles(" ".join(words)).tolist()), set(dedup.shingles(" ".join(other)).tolist())
+        true = len(a & b) / len(a | b)
+        estimate = np.mean(dedup.signature(" ".join(words)) == dedup.signature(" ".join(other)))
+        assert abs(estimate - true) <= 4 * (true * (1 - true) / dedup.P) ** 0.5 + 1e-9
+
+
+def planted(seed, originals=150):
+    """(documents, ids of planted near duplicates, of planted exact ones): catalogues, some with a few words changed."""
+    rng = random.Random(seed)
+    documents, near, exact = [], set(), set()
+    for i in range(originals):
+        text = market.shop_document(market.LANGUAGES[i % 8], rng, "train", 6)
+        documents.append({"text": text, "id": i})
+        if i % 5 == 0:
+            exact.add(1000 + i)
+            documents.append({"text": text, "id": 1000 + i})
+        if i % 3 == 0:
+            near.add(2000 + i)
+            documents.append({"text": text + "\nhttps://shop.example/" + str(i), "id": 2000 + i})
+    rng.shuffle(documents)
+    return documents, near, exact
+
+
+def write(folder, documents, files=3):
+    folder.mkdir(parents=True)
+    for k in range(files):
+        lines = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents[k::files])
+        (folder / f"part{k}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def read(folder):
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".jsonl"))
+    return [json.loads(line) for name in names for line in open(folder / name, encoding="utf-8")]
+
+
+def test_dedup_finds_what_was_planted(tmp_path, script):
+    documents, near, exact = planted(0)
+    write(tmp_path / "in", documents)
+    result = script("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    kept = read(tmp_path / "out")
+    assert len({d["id"] % 1000 for d in kept}) == 150, "an original was lost"
+    assert len(kept) == 150, "a planted duplicate stayed"
+    assert sum(d["occurrences"] for d in kept) == len(documents)
+    report = json.load(open(tmp_path / "out" / "report.json"))
+    assert report["removed: exact duplicate"] >= 1 and report["removed: near duplicate"] >= 1
+    assert report["documents in"] - report["documents out"] == len(near | exact)
+
+
+SENTENCES = {
+    "en": "The parcel arrived two days later than promised.", "zh": "快递比预计的时间晚了两天才到。",
+    "id": "Paketnya baru sampai karena kurirnya bisa dihubungi.", "pt": "A encomenda chegou dois dias depois do prometido.",
+    "tl": "Dumating ang padala dalawang araw matapos ang ipinangako.", "th": "พัสดุมาถึงช้ากว่าที่บอกไว้สองวัน",
+    "vi": "Gói hàng đến muộn hai ngày so với lời hứa.", "nl": "Het pakket kwam twee dagen later aan dan beloofd.",
+    "fr": "Le colis est arrivé deux jours plus tard que promis.", "de": "Das Paket kam zwei Tage später an als versprochen.",
+    "el": "Το δέμα έφτασε δύο μέρες αργότερα.", "it": "Il pacco è arrivato due giorni più tardi del previsto.",
+    "pl": "Paczka przyszła dwa dni później niż obiecano.", "ru": "Посылка пришла на два дня позже, чем обещали.",
+    "es": "El paquete llegó dos días más tarde de lo prometido.", "uk": "Посилка прийшла на два дні пізніше, ніж обіцяли.",
+}  # fmt: skip
+
+
+def test_sentences_of_sixteen_languages_are_told_apart():
+    assert {lang: langid.identify(sentence)[0] for lang, sentence in SENTENCES.items()} == {lang: lang for lang in SENTENCES}
+    assert langid.identify("12 + 30 = 42 !") == (None, 0.0)
+
+
+def test_langid_mends_labels_and_drops_what_has_no_language(tmp_path, script):
+    mixed = "\n".join(SENTENCES[lang] for lang in ("en", "th", "ru", "vi"))
+    documents = [{"text": SENTENCES["de"], "lang": "nl"}, {"text": "404 :: 17-03-2024"}, {"text": mixed}, {"text": SENTENCES["th"]}]
+    write(tmp_path / "in", documents, files=1)
+    result = script("-m", "data.chain", "--step", "langid", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert [d["lang"] for d in read(tmp_path / "out")] == ["de", "th"]
+    report = json.load(open(tmp_path / "out" / "report.json"))
+    assert report["relabelled"] == report["removed: no clear language"] == report["removed: mixed languages"] == 1
+
+
+def test_a_table_can_be_trained():
+    documents = [{"text": text * 3, "lang": lang} for lang, text in SENTENCES.items()]
+    languages, table_BL, scale = langid.train(documents, steps=30, batch=32)
+    assert languages == sorted(SENTENCES) and table_BL.shape == (langid.BUCKETS, 16) and scale > 0
+    scores = {lang: table_BL[langid.features(text)].astype(float).mean(0).argmax() for lang, text in SENTENCES.items()}
+    assert all(languages[best] == lang for lang, best in scores.items())
+
+
+def test_good_repeats_stay_up_to_the_limit():
+    signatures = np.stack([dedup.signature("one and the same text of nine short words")] * 6 + [dedup.signature("another")])
+    texts = [b"a"] * 4 + [b"b"] * 2 + [b"c"]
+    quality = [0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.0]
+    assert dedup.verdicts(texts, signatures, quality, keep=1).tolist() == [6, 0, 0, 0, -1, 0, 1]
+    assert dedup.verdicts(texts, signatures, quality, keep=3).tolist() == [6, 6, 0, 6, -1, 0, 1]
+
+
+def test_a_killed_step_goes_on_to_the_same_bytes(tmp_path, script):
+    write(tmp_path / "in", planted(1)[0])
+    command = ("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in")
+    for out in ("whole", "killed"):
+        assert script(*command, "--out", tmp_path / out).returncode == 0
+    os.remove(tmp_path / "killed" / "part1.jsonl")  # as if the kill came while part1 was being written
+    (tmp_path / "killed" / "part1.jsonl.part.data.part").write_text('{"text": "half a li')
+    assert script(*command, "--out", tmp_path / "killed").returncode == 0
+    for k in range(3):
+        assert (tmp_path / "whole" / f"part{k}.jsonl").read_bytes() == (tmp_path / "killed" / f"part{k}.jsonl").read_bytes()
+
+
+def test_extract_reads_every_format(tmp_path, script):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text("plain text")
+    (source / "b.html").write_text(PAGE)
+    (source / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed", "lang": "en"}\n{"text": " "}\n'))
+    result = script("-m", "data.chain", "--step", "extract", "--data", source, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert [d["text"][:6] for d in read(tmp_path / "out")] == ["plain ", "Baju k", "packed"]
+    assert json.load(open(tmp_path / "out" / "report.json"))["removed: empty"] == 1
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("bad.jsonl", b'{"text": "ok"}\n{"text": 3}\n', 'bad.jsonl:2: field "text"'),
+        ("bad.warc", b"not a warc\n", "bad.warc: record 1 does not begin with WARC/"),
+        ("bad.pdf", b"%PDF", "holds no file ending in"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, script, name, content, message):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    result = script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not [f for f in (os.listdir(tmp_path / "out") if (tmp_path / "out").exists() else []) if f.endswith(".jsonl")]
+
+
+def test_an_output_folder_belongs_to_one_step(tmp_path, script):
+    write(tmp_path / "in", planted(2, 10)[0])
+    command = ("-m", "data.chain", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    assert script(*command, "--step", "extract").returncode == 0
+    result = script(*command, "--step", "dedup")
+    assert result.returncode == 2 and "holds the output of" in result.stderr
+    same = script("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in", "--out", tmp_path / "in")
+    assert same.returncode == 2 and "cannot write into the folder that it reads" in same.stderr
