@@ -4,8 +4,8 @@
     langid    language of every sentence, wrong labels mended    data/langid.py
     dedup     exact and near duplicates, good repeats kept       data/dedup.py
 
-A step reads a folder and writes one .jsonl for each input file: documents one by one (memory flat), files over all
-cores, each written aside and renamed when complete. Killed, it goes on with the files it had not finished,
+A step reads a folder and writes one .jsonl for each input file: documents one by one (memory flat but for dedup's index), files
+over all cores, each written aside and renamed when complete. Killed, it goes on with the files it had not finished,
 and the output is the same. report.json in the output folder counts what was removed and why.
 
     python -m data.chain --step extract --data crawl --out corpus/1

@@ -7,8 +7,8 @@ are joined to clusters (union-find); of a cluster the first document stays, and 
 documents stay repeated: up to `keep` copies whose "quality" is at least GOOD. Each kept document learns its cluster's size as
 "occurrences", which resampling wants to know.
 
-Shapes: N documents, P hash functions, S shingles. Memory: 4 P bytes a document
-for the signatures, 4 R + 8 for one band.
+Shapes: N documents, P hash functions, S shingles. Signatures take 4 P bytes a document, and the whole plan about 1.6 kB: it is
+the one step whose memory grows with the corpus.
 """
 
 import functools

@@ -12,7 +12,7 @@ import re
 from html.parser import HTMLParser
 
 from cli import InputError
-from data.reader import read_jsonl, read_text
+from data.reader import CODES, read_jsonl, read_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
@@ -106,7 +106,7 @@ def read_warc(path):
 
 
 def documents_of(path):
-    """Yield the documents of one file by its ending: {"text", "lang"?, "source"}."""
+    """Yield the documents of one file by its ending: {"text", "lang"?, "source"?}; th.jsonl is labelled th where a line is not."""
     name = os.path.basename(path)
     stem = name.split(".")[0]
     if name.endswith(".txt"):
@@ -115,7 +115,7 @@ def documents_of(path):
         for number, value in read_jsonl(path):
             if not isinstance(value.get("text"), str):
                 raise InputError(f'{path}:{number}: field "text" is missing or no str')
-            yield value
+            yield {"lang": stem, **value} if stem in CODES else value
     elif name.endswith((".html", ".htm")):
         with open(path, "rb") as file:
             yield {"text": html_to_text(decode_html(file.read())), "source": stem}

@@ -113,9 +113,14 @@ def document_language(text, least=0.6):
 
 
 def step(documents, counts, source):
-    """The langid step: set "lang"; drop what has no clear language, or two (share under 0.6); correct wrong labels and count them."""
+    """The langid step: set "lang"; drop what has no clear language, or two (share under 0.6); correct wrong labels and count them.
+
+    Where a document says that it is Malay and the model says Indonesian, or the other way round, the document is believed.
+    """
     for document in documents:
         lang, share = document_language(document["text"])
+        if {lang, document.get("lang")} == {"id", "ms"}:
+            lang = document["lang"]
         if lang is None:
             counts["removed: no clear language"] += 1
         elif share < 0.6:

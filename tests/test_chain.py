@@ -120,11 +120,12 @@ def test_sentences_of_sixteen_languages_are_told_apart():
 
 def test_langid_mends_labels_and_drops_what_has_no_language(tmp_path, script):
     mixed = "\n".join(SENTENCES[lang] for lang in ("en", "th", "ru", "vi"))
-    documents = [{"text": SENTENCES["de"], "lang": "nl"}, {"text": "404 :: 17-03-2024"}, {"text": mixed}, {"text": SENTENCES["th"]}]
+    documents = [{"text": SENTENCES["de"], "lang": "nl"}, {"text": SENTENCES["id"], "lang": "ms"}, {"text": SENTENCES["th"]}]
+    documents += [{"text": "404 :: 17-03-2024"}, {"text": mixed}]
     write(tmp_path / "in", documents, files=1)
     result = script("-m", "data.chain", "--step", "langid", "--data", tmp_path / "in", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert [d["lang"] for d in read(tmp_path / "out")] == ["de", "th"]
+    assert [d["lang"] for d in read(tmp_path / "out")] == ["de", "ms", "th"]
     report = json.load(open(tmp_path / "out" / "report.json"))
     assert report["relabelled"] == report["removed: no clear language"] == report["removed: mixed languages"] == 1
 
