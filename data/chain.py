@@ -14,10 +14,10 @@ and the output is the same. report.json in the output folder counts what was rem
 
 import functools
 import json
-import multiprocessing
 import os
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
@@ -42,14 +42,15 @@ def output_name(name):
     return name if name.endswith(".jsonl") else name.removesuffix(".jsonl.gz") + ".jsonl"
 
 
-def _write(path, lines):
+def _write_json(path, value):
     with open(path + ".part", "w", encoding="utf-8") as file:
-        file.writelines(lines)
+        json.dump(value, file, indent=1)
     os.replace(path + ".part", path)
 
 
-def _process(step, source, target):
+def _process(step, job):
     """Run one file through the step; its counts are renamed into place before its documents, which mark it done."""
+    source, target = job
     counts, began = Counter(), time.perf_counter()
 
     def read():
@@ -64,21 +65,22 @@ def _process(step, source, target):
             counts["bytes out"] += len(document["text"].encode())
             yield json.dumps(document, ensure_ascii=False) + "\n"
 
-    _write(target + ".part.data", written())
+    with open(target + ".part", "w", encoding="utf-8") as file:
+        file.writelines(written())
     counts["seconds"] = time.perf_counter() - began
-    _write(target + ".counts", [json.dumps(counts)])
-    os.replace(target + ".part.data", target)
+    _write_json(target + ".counts", counts)
+    os.replace(target + ".part", target)
 
 
 def claim(out, settings):
-    """Make the output folder of a step; a folder with another step's or other settings' output is an error."""
+    """Make the output folder of a step; one that holds the output of another step, settings or input is an error."""
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "settings.json")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            if (found := json.load(file)) != settings:
-                raise InputError(f"{out}: holds the output of {found}, not of {settings}; choose another folder")
-    _write(path, [json.dumps(settings)])
+            if json.load(file) != settings:
+                raise InputError(f"{out}: holds the output of another step, other settings or other input; choose another folder")
+    _write_json(path, settings)
 
 
 def run(name, step, source, out, workers=None):
@@ -90,20 +92,15 @@ def run(name, step, source, out, workers=None):
     if len({target for _, target in jobs}) < len(jobs):
         raise InputError(f"{source}: a .jsonl and a .jsonl.gz file have the same name")
     pending = [job for job in jobs if not os.path.exists(job[1])]
-    with multiprocessing.Pool(workers) as pool:
-        for _ in tqdm(pool.imap_unordered(functools.partial(_star, step), pending), total=len(pending), desc=name, unit="file"):
-            pass
+    with ProcessPoolExecutor(workers) as pool:
+        list(tqdm(pool.map(functools.partial(_process, step), pending), total=len(pending), desc=name, unit="file"))
     totals = Counter()
     for _, target in jobs:
         with open(target + ".counts", encoding="utf-8") as file:
             totals.update(json.load(file))
     report = {"step": name, **dict(sorted(totals.items()))}
-    _write(os.path.join(out, "report.json"), [json.dumps(report, indent=1)])
+    _write_json(os.path.join(out, "report.json"), report)
     return report
-
-
-def _star(step, job):
-    _process(step, *job)
 
 
 def keep_nonempty(documents, counts, source):
@@ -126,7 +123,7 @@ def main():
     if os.path.realpath(args.data) == os.path.realpath(args.out):
         raise InputError(f"{args.out}: a step cannot write into the folder that it reads")
     paths = list(files_of(args.data).values())
-    claim(args.out, {"step": args.step, "data": args.data, "keep": args.keep})
+    claim(args.out, {"step": args.step, "keep": args.keep, "input": {path: os.path.getsize(path) for path in paths}})
     steps = {"extract": keep_nonempty, "langid": langid.step}
     step = steps[args.step] if args.step in steps else dedup.plan(paths, args.out, args.keep)
     report = run(args.step, step, args.data, args.out)

@@ -13,11 +13,11 @@ the one step whose memory grows with the corpus.
 
 import functools
 import hashlib
-import multiprocessing
 import os
 import re
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
@@ -122,8 +122,8 @@ def plan(paths, out, keep=1, workers=None):
 
     The verdicts lie in out/<file>.verdicts.npy until the step has read them.
     """
-    with multiprocessing.Pool(workers) as pool:
-        read = list(tqdm(pool.imap(_read, paths), total=len(paths), desc="signatures", unit="file"))
+    with ProcessPoolExecutor(workers) as pool:
+        read = list(tqdm(pool.map(_read, paths), total=len(paths), desc="signatures", unit="file"))
     texts = [text for file, _, _ in read for text in file]
     qualities = [quality for *_, file in read for quality in file]
     judged = verdicts(texts, np.concatenate([file for _, file, _ in read]), qualities, keep)

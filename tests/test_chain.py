@@ -152,7 +152,7 @@ def test_a_killed_step_goes_on_to_the_same_bytes(tmp_path, script):
     for out in ("whole", "killed"):
         assert script(*command, "--out", tmp_path / out).returncode == 0
     os.remove(tmp_path / "killed" / "part1.jsonl")  # as if the kill came while part1 was being written
-    (tmp_path / "killed" / "part1.jsonl.part.data.part").write_text('{"text": "half a li')
+    (tmp_path / "killed" / "part1.jsonl.part").write_text('{"text": "half a li')
     assert script(*command, "--out", tmp_path / "killed").returncode == 0
     for k in range(3):
         assert (tmp_path / "whole" / f"part{k}.jsonl").read_bytes() == (tmp_path / "killed" / f"part{k}.jsonl").read_bytes()
@@ -191,6 +191,8 @@ def test_an_output_folder_belongs_to_one_step(tmp_path, script):
     command = ("-m", "data.chain", "--data", tmp_path / "in", "--out", tmp_path / "out")
     assert script(*command, "--step", "extract").returncode == 0
     result = script(*command, "--step", "dedup")
-    assert result.returncode == 2 and "holds the output of" in result.stderr
+    assert result.returncode == 2 and "holds the output of another step" in result.stderr
+    (tmp_path / "in" / "more.txt").write_text("a new document")
+    assert script(*command, "--step", "extract").returncode == 2
     same = script("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in", "--out", tmp_path / "in")
     assert same.returncode == 2 and "cannot write into the folder that it reads" in same.stderr

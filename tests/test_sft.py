@@ -63,7 +63,7 @@ def test_curriculum_switches_thinking_with_the_stage():
     assert not any(thinking or "think" in task for task, thinking in curriculum("sft1", examples, 0))
     second = curriculum("sft2", examples, 0)
     assert {task["task"] for task, thinking in second if thinking} == {"numerical_reasoning", "mathematics"}
-    assert sum(not thinking for _, thinking in second) == 24  # half as many as the 48 thoughts
+    assert sum(not thinking for _, thinking in second) == 48  # as many as thoughts
 
 
 def test_sft1_says_what_it_leaves_to_sft2(capsys):
