@@ -3,6 +3,7 @@
     extract   HTML, WARC, .txt, .jsonl(.gz) to documents         data/extract.py
     langid    language of every sentence, wrong labels mended    data/langid.py
     dedup     exact and near duplicates, good repeats kept       data/dedup.py
+    filter    boilerplate, spam, broken text; code and maths apart   data/filters.py
 
 A step reads a folder and writes one .jsonl for each input file: documents one by one (memory flat but for dedup's index), files
 over all cores, each written aside and renamed when complete. Killed, it goes on with the files it had not finished,
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import cli
 from cli import InputError
-from data import dedup, langid
+from data import dedup, filters, langid
 from data.extract import ENDINGS, documents_of
 
 
@@ -117,14 +118,14 @@ def main():
         __doc__, "data",
         data=dict(required=True, help="folder to read"),
         out=dict(required=True, help="folder to write"),
-        step=dict(required=True, choices=("extract", "langid", "dedup")),
+        step=dict(required=True, choices=("extract", "langid", "dedup", "filter")),
         keep=dict(type=int, default=1, help="dedup: copies to keep of a repeated document whose quality is good"),
     )  # fmt: skip
     if os.path.realpath(args.data) == os.path.realpath(args.out):
         raise InputError(f"{args.out}: a step cannot write into the folder that it reads")
     paths = list(files_of(args.data).values())
     claim(args.out, {"step": args.step, "keep": args.keep, "input": {path: os.path.getsize(path) for path in paths}})
-    steps = {"extract": keep_nonempty, "langid": langid.step}
+    steps = {"extract": keep_nonempty, "langid": langid.step, "filter": filters.step}
     step = steps[args.step] if args.step in steps else dedup.plan(paths, args.out, args.keep)
     report = run(args.step, step, args.data, args.out)
     for key, value in report.items():
