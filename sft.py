@@ -98,7 +98,8 @@ def chat_of(task, thinking):
 
 def curriculum(stage, examples, seed):
     """[(task, thinking), …] of a stage: sft1 answers directly what needs no thought; sft2 adds reasoning with its
-    thought, and as many of everything, direct, so that nothing is forgotten and the switch is learnt."""
+    thought, and as many of everything, direct, so that nothing is forgotten and the switch is learnt. Where nothing
+    has a thought, sft2 goes over everything once more."""
     reasoning = [task for task in examples if "think" in task]
     if stage == "sft1":
         if reasoning:
@@ -106,7 +107,7 @@ def curriculum(stage, examples, seed):
         if len(reasoning) == len(examples):
             raise InputError("sft1 needs tasks without a thought; all of these have one")
         return [(task, False) for task in examples if "think" not in task]
-    resampled = random.Random(f"sft2-{seed}").sample(examples, k=len(reasoning))
+    resampled = random.Random(f"sft2-{seed}").sample(examples, k=len(reasoning) or len(examples))
     return [(task, True) for task in reasoning] + [(task, False) for task in resampled]
 
 

@@ -66,6 +66,12 @@ def test_curriculum_switches_thinking_with_the_stage():
     assert sum(not thinking for _, thinking in second) == 48  # as many as thoughts
 
 
+def test_tasks_without_any_thought_are_tuned_in_both_stages():
+    direct = [task for task in tasks("train", 0, 1) if "think" not in task]
+    for stage in ("sft1", "sft2"):
+        assert sorted(task["id"] for task, _ in curriculum(stage, direct, 0)) == sorted(task["id"] for task in direct)
+
+
 def test_sft1_says_what_it_leaves_to_sft2(capsys):
     reasoning = [task for task in tasks("train", 0, 1) if "think" in task]
     curriculum("sft1", tasks("train", 0, 1), 0)
