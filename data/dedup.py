@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.extract import documents_of
 
-P, R = 112, 8  # 14 bands of 8: half of the pairs at J = 0.72 become candidates, 98 % at 0.85
+P, R = 112, 8  # 14 bands of 8: half of the pairs at J = 0.68 become candidates, 99 % at 0.85
 SHINGLE = 5  # words; in Thai and Chinese, which write no spaces, characters
 THRESHOLD, GOOD = 0.8, 0.5
 PRIME = np.uint64((1 << 31) - 1)
@@ -120,14 +120,13 @@ def _read(path):
 def plan(paths, out, keep=1, workers=None):
     """Judge the documents of all files together; return the step that applies the verdicts, file by file.
 
-    The verdicts lie in out/<file>.verdicts.npy until the step has read them.
+    The verdicts lie in out/<file>.verdicts.npy, in a folder that chain.claim has made.
     """
     with ProcessPoolExecutor(workers) as pool:
         read = list(tqdm(pool.map(_read, paths), total=len(paths), desc="signatures", unit="file"))
     texts = [text for file, _, _ in read for text in file]
     qualities = [quality for *_, file in read for quality in file]
     judged = verdicts(texts, np.concatenate([file for _, file, _ in read]), qualities, keep)
-    os.makedirs(out, exist_ok=True)
     ends = np.cumsum([len(file) for file, *_ in read])
     for path, part in zip(paths, np.split(judged, ends[:-1]), strict=True):
         np.save(os.path.join(out, f"{os.path.basename(path)}.verdicts.npy"), part)

@@ -17,7 +17,6 @@ from data.reader import CODES, read_jsonl, read_text
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
 BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "table", "ul", "ol"}
-VOID = {"br", "img", "hr", "meta", "link", "input", "wbr", "area", "base", "col", "embed", "source", "track"}
 
 
 class _Text(HTMLParser):

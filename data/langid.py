@@ -139,7 +139,7 @@ def main():
     if args.train:
         documents = [d for d in read_folder(args.train) if not held_out(d["text"])]
         documents += market.documents("general", args.seed, per_language=400)
-        languages, table_BL, scale = train(documents)
+        languages, table_BL, scale = train(documents, seed=args.seed)
         np.savez_compressed(PATH, languages=languages, table=table_BL, scale=scale)
         print(f"{PATH}: {len(languages)} languages, {os.path.getsize(PATH) / 1e6:.2f} MB")
     for sentence in sentences(args.text or ""):

@@ -76,6 +76,7 @@ class Product:
         return named
 
 
+ASKED = ("brand", "city", "colour", "material", "category", "stock", "price")  # what is asked about a page
 FIELDS = {"category": "categories", "type": "types", "colour": "colours", "material": "materials", "city": "cities"}
 
 
@@ -193,7 +194,7 @@ def faq_document(lang, rng, split):
     product, lex = draw_product(rng, split), lexicon(lang)
     words = product.words(lang)
     lines = [page(product, lang, rng, split)]
-    for kind in rng.sample(("brand", "city", "colour", "material", "category", "stock", "price"), 4):
+    for kind in rng.sample(ASKED, 4):
         lines.append(f"{phrase(lex['questions'][kind][split], rng)} {words[kind]}")
     return "\n".join(lines)
 
@@ -204,7 +205,7 @@ def query_log(lang, rng, split):
 
 
 def document(lang, rng, split, kind):
-    """One training document of a kind in KINDS."""
+    """One document of a kind in MIXTURES."""
     if kind == "maths":
         return maths_document(rng, split)
     if kind == "code":

@@ -27,6 +27,7 @@ def _lines(path):
 
 
 def read_text(path):
+    """The whole text of a file; a byte that is not UTF-8 is an error with its line."""
     return "".join(line for _, line in _lines(path))
 
 

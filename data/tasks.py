@@ -162,9 +162,8 @@ def tasks(split, seed, per_task):
     return made
 
 
-ASKED = ("brand", "city", "colour", "material", "category", "stock", "price")
 CONVERSATIONS = {  # training only: one reading of a page or a listing serves many answers
-    "page": functools.partial(dialogue, kinds=ASKED, turns=len(ASKED)),
+    "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "listing": functools.partial(recommendation, turns=3),
 }
 # share of each in the training set, in percent
