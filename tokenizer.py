@@ -11,6 +11,7 @@ encoding runs at tiktoken's speed; training is ours and is written below.
 
 import base64
 import binascii
+import gc
 import hashlib
 import heapq
 import json
@@ -69,74 +70,79 @@ def train_bpe(texts, vocab_size, max_token_chars=16):
     """Train byte-level BPE on an iterable of str; return {token bytes: rank}, the 256 bytes first.
 
     The most frequent adjacent pair of tokens becomes a token; of equals, the pair with the smaller ranks.
-    Every word is always held as the encoder would encode it. Stops early when no pair is left to
-    merge. Raises InputError when vocab_size is below 256.
+    Every word is always held as the encoder would encode it. Stops early when no pair is left that
+    occurs twice. Raises InputError when vocab_size is below 256.
     """
     if vocab_size < 256:
         raise InputError(f"vocab_size is {vocab_size}, must be at least 256 (the bytes)")
-    chunks = Counter()
+    chunks, pattern = Counter(), regex.compile(PATTERN)
     for text in texts:
-        chunks.update(regex.findall(PATTERN, text))
-    # A word is a str with one character per token: a merge is then str.replace, a pair a two-letter str.
-    words, freqs = [chunk.encode().decode("latin-1") for chunk in chunks], list(chunks.values())
+        chunks.update(pattern.findall(text))
+    gc.disable()  # millions of lists and not one cycle: the collector would only cost time
+    try:
+        return merge_pairs(list(chunks), list(chunks.values()), vocab_size, max_token_chars)
+    finally:
+        gc.enable()
+
+
+def merge_pairs(words, freqs, vocab_size, max_token_chars):
+    """The loop of train_bpe over distinct words and how often each occurs."""
+    # A word is a str with one character per token: a pair is then a two-letter str, a merge a split and a join.
+    words = [word.encode().decode("latin-1") for word in words]
     ranks = {bytes([i]): i for i in range(256)}
     spelling = {symbol(i): token for token, i in ranks.items()}
-    counts, where = Counter(), defaultdict(set)  # pair -> occurrences; pair -> words that hold, or once held, it
+    where = defaultdict(list)  # pair -> words that hold, or once held, it; once for each occurrence when new
     for w, word in enumerate(words):
         for pair in map(str.__add__, word, word[1:]):
-            counts[pair] += freqs[w]
-            where[pair].add(w)
+            where[pair].append(w)
+    counts = defaultdict(int, {pair: sum(map(freqs.__getitem__, holders)) for pair, holders in where.items()})
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
 
-    def replace(w, pair, new, grown):
-        """Merge `pair` in word w; only the counts of neighbouring pairs change."""
-        word, freq = words[w], freqs[w]
-        at = word.find(pair)
-        if at < 0:
-            return
-        end = 0  # of the occurrence before; where two touch, the pair between them is subtracted once
-        while at >= 0:
-            if at > end:
-                counts[word[at - 1] + pair[0]] -= freq
-            end = at + 2
-            if end < len(word):
-                counts[pair[1] + word[end]] -= freq
-            at = word.find(pair, end)
-        merged = words[w] = word.replace(pair, new)
-        at = merged.find(new)
-        while at >= 0:
-            if at:
-                grown.add(merged[at - 1] + new)
-                counts[merged[at - 1] + new] += freq
-                where[merged[at - 1] + new].add(w)
-            if at + 1 < len(merged) and merged[at + 1] != new:
-                grown.add(new + merged[at + 1])
-                counts[new + merged[at + 1]] += freq
-                where[new + merged[at + 1]].add(w)
-            at = merged.find(new, at + 1)
+    def replace(holders, pair, new):
+        """Merge `pair` in the words; return the new pairs, whose counts are set. Only neighbouring pairs change."""
+        (left, right), born = pair, defaultdict(list)
+        for w in holders:
+            parts = words[w].split(pair)
+            if len(parts) == 1:  # no longer there
+                continue
+            words[w], freq, inside = new.join(parts), freqs[w], False
+            for before, after in zip(parts, parts[1:], strict=False):  # what stands around each occurrence
+                if before:
+                    counts[before[-1] + left] -= freq
+                    born[before[-1] + new].append(w)
+                elif inside:  # two occurrences touch
+                    counts[right + left] -= freq
+                    born[new + new].append(w)
+                if after:
+                    counts[right + after[0]] -= freq
+                    born[new + after[0]].append(w)
+                inside = True
+        for grown, holders in born.items():
+            counts[grown] = sum(map(freqs.__getitem__, holders))
+        where.update(born)
+        return set(born)
 
-    def encode_again(w, grown):
-        """Bring word w to what the encoder makes of it, whatever it was."""
+    def encode_again(w):
+        """Bring word w to what the encoder makes of it, whatever it was; return its pairs."""
         old, freq = words[w], freqs[w]
-        new = "".join(symbol(ranks[part]) for part in bpe(to_bytes(b"".join(spelling[c] for c in old)), ranks))
+        new = words[w] = "".join(symbol(ranks[part]) for part in bpe(to_bytes(b"".join(spelling[c] for c in old)), ranks))
         for pair in map(str.__add__, old, old[1:]):
             counts[pair] -= freq
         for pair in map(str.__add__, new, new[1:]):
             counts[pair] += freq
-            where[pair].add(w)
-            grown.add(pair)
-        words[w] = new
+            where[pair].append(w)
+        return set(map(str.__add__, new, new[1:]))
 
     while heap and len(ranks) < vocab_size:
         negative, pair = heapq.heappop(heap)
         count = counts[pair]
         if count != -negative:  # stale: counts that grew were pushed again, counts that fell were not
-            if 0 < count < -negative:
+            if 1 < count < -negative:
                 heapq.heappush(heap, (-count, pair))
             continue
         token = spelling[pair[0]] + spelling[pair[1]]
-        if characters(token) > max_token_chars:
+        if count < 2 or characters(token) > max_token_chars:
             continue
         new = symbol(len(ranks))
         ranks[token], spelling[new] = len(ranks), token
@@ -144,17 +150,16 @@ def train_bpe(texts, vocab_size, max_token_chars=16):
         # table cannot tell them apart, so the encoder merges them too and so do we.
         twins = {symbol(ranks[token[:i]]) + symbol(ranks[token[i:]]) for i in range(1, len(token))
                  if token[:i] in ranks and token[i:] in ranks} - {pair}  # fmt: skip
-        again = set().union(*(where.pop(twin) for twin in twins if counts[twin] > 0))
-        grown = set()
-        for w in where.pop(pair) - again:
-            replace(w, pair, new, grown)
+        again = set().union(*(where.pop(twin) for twin in twins if counts.get(twin, 0) > 0))
+        grown = replace([w for w in where.pop(pair) if w not in again] if again else where.pop(pair), pair, new)
         while again:
             for w in again:
-                encode_again(w, grown)
+                grown |= encode_again(w)
             known = [p for p in grown if counts[p] > 0 and spelling[p[0]] + spelling[p[1]] in ranks]
             again = set().union(*(where.pop(p) for p in known))
         for p in grown:
-            heapq.heappush(heap, (-counts[p], p))
+            if counts[p] > 1:
+                heapq.heappush(heap, (-counts[p], p))
     return ranks
 
 

@@ -33,6 +33,7 @@ def obvious_trainer(texts, vocab_size, max_token_chars=16):
             for a, b in zip(word, word[1:], strict=False):
                 if characters(a + b) <= max_token_chars:
                     counts[ranks[a], ranks[b]] += freq
+        counts = {pair: count for pair, count in counts.items() if count > 1}
         if not counts:
             break
         a, b = min(counts, key=lambda pair: (-counts[pair], pair))
