@@ -14,6 +14,7 @@ import binascii
 import gc
 import hashlib
 import heapq
+import itertools
 import json
 import os
 from collections import Counter, defaultdict
@@ -32,7 +33,8 @@ ROLES = ("system", "user", "assistant")
 THINK_PROMPT = "Think step by step between <think> and </think>, then answer."
 MAIN = ("en", "zh", "id", "ms", "pt", "tl", "th", "vi")
 EUROPEAN = ("nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk")
-SUB_TOKENIZERS = {"main": (MAIN, 150), "european": (EUROPEAN, 20), "chinese": (("zh",), 50)}  # share of 180
+SUB_TOKENIZERS = {"main": MAIN, "european": EUROPEAN, "chinese": ("zh",)}
+SPLIT = (150, 20, 50)  # the report's sizes of the three, in 180ths of the merged vocabulary
 
 
 def characters(token):
@@ -107,7 +109,7 @@ def merge_pairs(words, freqs, vocab_size, max_token_chars):
             if len(parts) == 1:  # no longer there
                 continue
             words[w], freq, inside = new.join(parts), freqs[w], False
-            for before, after in zip(parts, parts[1:], strict=False):  # what stands around each occurrence
+            for before, after in itertools.pairwise(parts):  # what stands around each occurrence
                 if before:
                     counts[before[-1] + left] -= freq
                     born[before[-1] + new].append(w)
@@ -266,7 +268,7 @@ class Tokenizer:
         return ids, mask
 
 
-def train(documents, vocab_size):
+def train(documents, vocab_size, split=SPLIT):
     """Train the three sub-tokenizers on dicts with "text" and "lang" and merge them; return a Tokenizer.
 
     Text of no stated language goes to the main part. A part without text is skipped aloud.
@@ -274,13 +276,13 @@ def train(documents, vocab_size):
     budget = vocab_size - len(SPECIAL_TOKENS)
     texts = defaultdict(list)
     for document in documents:
-        for part, (languages, _) in SUB_TOKENIZERS.items():
+        for part, languages in SUB_TOKENIZERS.items():
             if document["lang"] in languages or (part == "main" and document["lang"] is None):
                 texts[part].append(document["text"])
     if not texts:
         raise InputError(f"no text in any of the languages {', '.join(MAIN + EUROPEAN)}")
     tables = []
-    for part, (_, share) in SUB_TOKENIZERS.items():
+    for part, share in zip(SUB_TOKENIZERS, split, strict=True):
         if part not in texts:
             print(f"sub-tokenizer {part}: no text in its languages, skipped")
             continue
@@ -292,12 +294,24 @@ def train(documents, vocab_size):
     return Tokenizer(ranks)
 
 
+def parse_split(text):
+    """ "150/20/50" to (150, 20, 50). Raises InputError."""
+    parts = text.split("/")
+    if len(parts) != len(SUB_TOKENIZERS) or not all(part.isdecimal() and int(part) for part in parts):
+        raise InputError(f"--split {text}: need three positive numbers such as 150/20/50 (main, European, Chinese; in 180ths)")
+    return tuple(map(int, parts))
+
+
 def main():
-    args = cli.parse(__doc__, "config", "data", "run", "seed")
+    args = cli.parse(
+        __doc__, "config", "data", "run", "seed",
+        split=dict(default="150/20/50", help="sizes of main, European and Chinese vocabulary in 180ths of the whole (the report's)"),
+    )  # fmt: skip
     from compass import config_named
     from data.reader import documents
 
-    tokenizer = train(documents(args.data, "general", args.seed), config_named(args.config).vocab_size)
+    split = parse_split(args.split)
+    tokenizer = train(documents(args.data, "general", args.seed), config_named(args.config).vocab_size, split)
     tokenizer.save(args.run)
     sample = "Beli 2 kemeja katun, harga Rp45.000 / ซื้อเสื้อ 2 ตัว / 买两件衬衫"
     ids = tokenizer.encode(sample)

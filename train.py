@@ -37,6 +37,7 @@ from checkpoint import (
 from cli import InputError
 from compass import Compass, config_named
 from data import reader
+from data.shards import Shards, is_shards
 from tokenizer import Tokenizer
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -109,13 +110,10 @@ def assemble(rows, length):
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-class TokenRows:
-    """Tokenised documents as rows of a fixed length; row i is a pure function of (documents, seed, i).
+class Tokenised:
+    """Documents tokenised into memory: `lengths` (N,) with the end token, `document(i)` its ids. data.shards.Shards is its mapped twin."""
 
-    Each epoch shuffles the documents, joins them and cuts the stream every `length` tokens.
-    """
-
-    def __init__(self, documents, tokenizer, length, seed):
+    def __init__(self, documents, tokenizer):
         texts = [document["text"] for document in documents]
         if not texts:
             raise InputError("the corpus holds no training document")
@@ -125,10 +123,23 @@ class TokenRows:
         self.starts = np.concatenate(([0], np.cumsum(self.lengths)[:-1]))
         stream = itertools.chain.from_iterable(itertools.chain(ids, (end,)) for ids in encoded)
         self.tokens = np.fromiter(stream, np.uint32, count=int(self.lengths.sum()))
+
+    def document(self, i):
+        return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
+
+
+class TokenRows:
+    """Tokenised documents as rows of a fixed length; row i is a pure function of (documents, seed, i).
+
+    Each epoch shuffles the documents, joins them and cuts the stream every `length` tokens.
+    """
+
+    def __init__(self, tokenised, length, seed):
+        self.tokenised, self.lengths, self.total = tokenised, tokenised.lengths, int(tokenised.lengths.sum())
         self.length, self.seed, self.epoch = length, seed, None
-        self.rows_per_epoch = len(self.tokens) // length
+        self.rows_per_epoch = self.total // length
         if not self.rows_per_epoch:
-            raise InputError(f"the corpus has {len(self.tokens)} tokens, fewer than one row of {length}")
+            raise InputError(f"the corpus has {self.total} tokens, fewer than one row of {length}")
 
     def row(self, i):
         """[(ids, mask), …] of row i."""
@@ -140,8 +151,7 @@ class TokenRows:
         while at < stop:
             k = np.searchsorted(self.ends, at, side="right")
             doc, skip = self.order[k], at - (self.ends[k] - self.lengths[self.order[k]])
-            start = self.starts[doc] + skip
-            ids = self.tokens[start : start + min(self.lengths[doc] - skip, stop - at)]
+            ids = self.tokenised.document(doc)[skip : skip + stop - at]
             pieces.append((ids, np.ones(len(ids))))
             at += len(ids)
         return pieces
@@ -310,10 +320,14 @@ def run_stage(stage, args, device, tokenizer):
             model = Compass(config)
     else:
         model = load_model(state, device, max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
-    rows = TokenRows(reader.documents(args.data, stage, args.seed), tokenizer, recipe.seq_len, args.seed)
+    if is_shards(args.data):
+        tokenised = Shards(args.data, tokenizer)
+    else:
+        tokenised = Tokenised(reader.documents(args.data, stage, args.seed), tokenizer)
+    rows = TokenRows(tokenised, recipe.seq_len, args.seed)
     print(
-        f"{stage}: {len(rows.lengths):,} documents, {len(rows.tokens):,} tokens; {schedule.steps} steps of "
-        f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / len(rows.tokens):.2f} epochs)"
+        f"{stage}: {len(rows.lengths):,} documents, {rows.total:,} tokens; {schedule.steps} steps of "
+        f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
     fit(
         model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule,

@@ -4,13 +4,21 @@
     langid    language of every sentence, wrong labels mended    data/langid.py
     dedup     exact and near duplicates, good repeats kept       data/dedup.py
     filter    boilerplate, spam, broken text; code and maths apart   data/filters.py
+    quality   a score between 0 and 1 for every document         data/quality.py
+    resample  documents kept quality × occurrences times         data/quality.py
+    report    table and picture of what each step removed        (reads the folders' report.json)
 
 A step reads a folder and writes one .jsonl for each input file: documents one by one (memory flat but for dedup's index), files
 over all cores, each written aside and renamed when complete. Killed, it goes on with the files it had not finished,
 and the output is the same. report.json in the output folder counts what was removed and why.
 
+Steps are independent and may run in any order. Good repeats can only be kept (dedup --keep) where quality ran before dedup,
+which is why bash data/chain.sh scores first.
+
     python -m data.chain --step extract --data crawl --out corpus/1
     python -m data.chain --step dedup --data corpus/1 --out corpus/2
+    bash data/chain.sh crawl corpus          # all steps, corpus/1 … corpus/6
+    python -m data.chain --step report --data corpus --out corpus
 """
 
 import functools
@@ -24,18 +32,8 @@ from tqdm import tqdm
 
 import cli
 from cli import InputError
-from data import dedup, filters, langid
-from data.extract import ENDINGS, documents_of
-
-
-def files_of(folder):
-    """{name: path} of the files a step reads, in name order. Raises InputError when there is none."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder")
-    found = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(ENDINGS)}
-    if not found:
-        raise InputError(f"{folder}: holds no file ending in {' '.join(ENDINGS)}")
-    return found
+from data import dedup, filters, langid, quality
+from data.extract import documents_of, files_of
 
 
 def output_name(name):
@@ -43,7 +41,7 @@ def output_name(name):
     return name if name.endswith(".jsonl") else name.removesuffix(".jsonl.gz") + ".jsonl"
 
 
-def _write_json(path, value):
+def write_json(path, value):
     with open(path + ".part", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
     os.replace(path + ".part", path)
@@ -69,7 +67,7 @@ def _process(step, job):
     with open(target + ".part", "w", encoding="utf-8") as file:
         file.writelines(written())
     counts["seconds"] = time.perf_counter() - began
-    _write_json(target + ".counts", counts)
+    write_json(target + ".counts", counts)
     os.replace(target + ".part", target)
 
 
@@ -81,7 +79,7 @@ def claim(out, settings):
         with open(path, encoding="utf-8") as file:
             if json.load(file) != settings:
                 raise InputError(f"{out}: holds the output of another step, other settings or other input; choose another folder")
-    _write_json(path, settings)
+    write_json(path, settings)
 
 
 def run(name, step, source, out, workers=None):
@@ -100,7 +98,7 @@ def run(name, step, source, out, workers=None):
         with open(target + ".counts", encoding="utf-8") as file:
             totals.update(json.load(file))
     report = {"step": name, **dict(sorted(totals.items()))}
-    _write_json(os.path.join(out, "report.json"), report)
+    write_json(os.path.join(out, "report.json"), report)
     return report
 
 
@@ -113,20 +111,76 @@ def keep_nonempty(documents, counts, source):
             counts["removed: empty"] += 1
 
 
+def report_of(folder):
+    """The report.json of every step below `folder`, in folder order. Raises InputError when there is none."""
+    paths = [os.path.join(folder, name, "report.json") for name in sorted(os.listdir(folder))]
+    reports = []
+    for path in filter(os.path.exists, paths):
+        with open(path, encoding="utf-8") as file:
+            reports.append(json.load(file))
+    if not reports:
+        raise InputError(f"{folder}: no folder in it holds a finished step (report.json)")
+    return reports
+
+
+def write_report(folder, out):
+    """out/chain.md and out/chain.png: documents and bytes left after each step, what went and why, MB/s of one core."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    reports = report_of(folder)
+    lines = ["| step | documents in | out | MB in | out | MB/s a core | what and why |", "|---" * 7 + "|"]
+    for report in reports:
+        said = ("removed: ", "relabelled", "boilerplate lines cut", "copies added")
+        why = [f"{key}: {value:,}" for key, value in report.items() if key.startswith(said) and value]
+        size = [report[f"bytes {side}"] / 1e6 for side in ("in", "out")]
+        lines.append(
+            f"| {report['step']} | {report['documents in']:,} | {report['documents out']:,} | {size[0]:.2f} | {size[1]:.2f} "
+            f"| {size[0] / report['seconds']:.1f} | {'; '.join(why) or 'nothing'} |"
+        )
+    with open(os.path.join(out, "chain.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.55 * len(reports)))
+    for row, report in enumerate(reports):
+        kept, left = report["documents out"] - report.get("copies added", 0), 0
+        removed = {key.removeprefix("removed: "): value for key, value in report.items() if key.startswith("removed: ")}
+        for label, width in (("kept", kept), *sorted(removed.items(), key=lambda item: -item[1])):
+            share = width / report["documents in"]
+            axis.barh(row, share, left=left, color="0.85" if label == "kept" else None, edgecolor="w")
+            if share > 0.02:
+                axis.text(left + share / 2, row, f"{label}\n{width:,}", ha="center", va="center", fontsize=6)
+            left += share
+    axis.set_yticks(range(len(reports)), [report["step"] for report in reports])
+    axis.invert_yaxis()
+    axis.set_xlabel("share of the documents that came in")
+    figure.tight_layout()
+    figure.savefig(os.path.join(out, "chain.png"), dpi=120)
+    return "\n".join(lines)
+
+
+STEPS = {
+    "extract": keep_nonempty, "langid": langid.step, "filter": filters.step, "quality": quality.step, "resample": quality.resample,
+}  # fmt: skip
+
+
 def main():
     args = cli.parse(
         __doc__, "data",
         data=dict(required=True, help="folder to read"),
         out=dict(required=True, help="folder to write"),
-        step=dict(required=True, choices=("extract", "langid", "dedup", "filter")),
+        step=dict(required=True, choices=(*STEPS, "dedup", "report")),
         keep=dict(type=int, default=1, help="dedup: copies to keep of a repeated document whose quality is good"),
     )  # fmt: skip
+    if args.step == "report":
+        print(write_report(args.data, args.out))
+        return
     if os.path.realpath(args.data) == os.path.realpath(args.out):
         raise InputError(f"{args.out}: a step cannot write into the folder that it reads")
     paths = list(files_of(args.data).values())
     claim(args.out, {"step": args.step, "keep": args.keep, "input": {path: os.path.getsize(path) for path in paths}})
-    steps = {"extract": keep_nonempty, "langid": langid.step, "filter": filters.step}
-    step = steps[args.step] if args.step in steps else dedup.plan(paths, args.out, args.keep)
+    step = STEPS[args.step] if args.step in STEPS else dedup.plan(paths, args.out, args.keep)
     report = run(args.step, step, args.data, args.out)
     for key, value in report.items():
         print(f"{key:>24}: {value:,.1f}" if isinstance(value, float) else f"{key:>24}: {value}")

@@ -1,7 +1,8 @@
-"""Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html and .warc(.gz) to documents (v2 §2.1.1).
+"""Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html, .warc(.gz) and .parquet to documents (v2 §2.1.1).
 
 HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blocks become lines. A WARC is read record
-by record; its HTML responses are kept. One output .jsonl for each input file, one {"text", "lang"?, "source"} a line.
+by record; its HTML responses are kept. Parquet files need the column "text" (pip install ".[hub]" brings pyarrow). One output
+.jsonl for each input file, one {"text", "lang"?, "source"} a line.
 
     python -m data.chain --step extract --data crawl --out corpus/1
 """
@@ -14,7 +15,7 @@ from html.parser import HTMLParser
 from cli import InputError
 from data.reader import CODES, read_jsonl, read_text
 
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz")
+ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".parquet")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
 BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "table", "ul", "ol"}
 
@@ -104,6 +105,24 @@ def read_warc(path):
                 yield headers.get("warc-target-uri", ""), decode_html(payload, kind[1] and kind[1].decode())
 
 
+def read_parquet(path):
+    """Yield {"text", "lang"?, "source"?} of each row, a batch in memory at a time."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f'{path}: reading parquet needs pyarrow: pip install ".[hub]"') from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: not a parquet file ({error})") from None
+    if "text" not in file.schema_arrow.names:
+        raise InputError(f'{path}: no column "text", only {", ".join(file.schema_arrow.names)}')
+    columns = [name for name in ("text", "lang", "source") if name in file.schema_arrow.names]
+    for batch in file.iter_batches(1000, columns=columns):
+        for row in batch.to_pylist():
+            yield {name: value for name, value in row.items() if value is not None}
+
+
 def documents_of(path):
     """Yield the documents of one file by its ending: {"text", "lang"?, "source"?}; th.jsonl is labelled th where a line is not."""
     name = os.path.basename(path)
@@ -115,9 +134,21 @@ def documents_of(path):
             if not isinstance(value.get("text"), str):
                 raise InputError(f'{path}:{number}: field "text" is missing or no str')
             yield {"lang": stem, **value} if stem in CODES else value
+    elif name.endswith(".parquet"):
+        yield from read_parquet(path)
     elif name.endswith((".html", ".htm")):
         with open(path, "rb") as file:
             yield {"text": html_to_text(decode_html(file.read())), "source": stem}
     else:
         for url, html in read_warc(path):
             yield {"text": html_to_text(html), "source": url}
+
+
+def files_of(folder):
+    """{name: path} of the files a step reads, in name order. Raises InputError when there is none."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
+    found = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(ENDINGS)}
+    if not found:
+        raise InputError(f"{folder}: holds no file ending in {' '.join(ENDINGS)}")
+    return found

@@ -1,5 +1,11 @@
-"""Programmatic scorers: did the model's answer hit the reference? All scoring lives here."""
+"""Programmatic scorers: did the model's answer hit the reference? All scoring lives here.
 
+Each is a function (output, answer) -> bool of two texts; the reference itself always passes.
+"""
+
+import ast
+import json
+import operator
 import re
 import unicodedata
 
@@ -30,4 +36,61 @@ def number(output, answer):
     return last(output) is not None and last(output) == last(answer)
 
 
-SCORERS = {"exact": exact, "number": number}
+def covers(output, answer):
+    """Every part of the reference (between , : ; or their full-width forms) stands in the output, in any order, and the
+    output is at most twice as long and not a mere list of everything."""
+
+    def parts(text):
+        return [part for piece in re.split(r"[,:;，：；、]\s*(?!\d{3})", text) if (part := normalise(piece))]
+
+    given = normalise(output)
+    found = all(re.search(rf"(?<!\w){re.escape(part)}(?!\w)" if part.isascii() else re.escape(part), given) for part in parts(answer))
+    return found and len(given) <= 2 * len(normalise(answer))
+
+
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv, ast.Mod: operator.mod,
+}  # fmt: skip
+CALLS = {"max": max, "min": min, "abs": abs}
+
+
+def _value(node, names):
+    """Value of an arithmetic expression; the model's code is never executed. Raises ValueError on anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and node.args and not node.keywords:
+        return CALLS[node.func.id](*(_value(argument, names) for argument in node.args))
+    raise ValueError("not plain arithmetic")
+
+
+def _table(source):
+    """(function name, its values at fixed arguments) of `def f(a, b): return <arithmetic>`; None if it is anything else."""
+    try:
+        (function,) = ast.parse(source.strip()).body
+        (statement,) = function.body
+        names = [argument.arg for argument in function.args.args]
+        points = [(7, 3), (3, 7), (20, 6), (5, 5), (1, 12)]
+        return function.name, [_value(statement.value, dict(zip(names, point, strict=True))) for point in points]
+    except (SyntaxError, ValueError, AttributeError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return None
+
+
+def code(output, answer):
+    """The output defines a function of the reference's name that returns the same values."""
+    return _table(output) is not None and _table(output) == _table(answer)
+
+
+def json_call(output, answer):
+    """Equal as JSON values, whatever the order of keys and the white space."""
+    try:
+        return json.loads(output) == json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+
+
+SCORERS = {"exact": exact, "number": number, "covers": covers, "code": code, "json": json_call}

@@ -1,7 +1,7 @@
-"""E-commerce and general tasks over the synthetic marketplace, for tuning and for evaluation (v2 §3.1, §5.2).
+"""Tasks over the synthetic marketplace, for tuning and for evaluation (v2 §3.1, §5.2).
 
-Nine of the report's twelve e-commerce categories and general mathematics, in eight languages. A task is
-{"id", "task", "lang", "messages", "answer", "scorer", "choices"?, "think"?}; "think" is the reference
+The report's twelve e-commerce categories and mathematics here, its other general ones in data/general.py, all in eight languages.
+A task is {"id", "task", "lang", "messages", "answer", "scorer", "choices"?, "think"?}; "think" is the reference
 chain of thought. Where a question is about a text, the message is the text, a blank line, the question:
 this is how the baseline without the text knows what to cut. Test tasks use products and phrasings
 that never occur in training.
@@ -10,24 +10,16 @@ that never occur in training.
     python -m data.tasks --out tasks --seed 1   # tasks/train.jsonl and tasks/test.jsonl
 """
 
+import dataclasses
 import functools
 import json
 import os
 import random
 
 import cli
-from data import market
+from data import general, market
+from data.general import YES_NO, about, ask
 from data.market import LANGUAGES, draw_product, lexicon, money, page
-
-YES_NO = ("yes", "no")
-
-
-def ask(lang, rng, split, kind, **words):
-    return market.phrase(lexicon(lang)["questions"][kind][split], rng).format(**words)
-
-
-def about(text, question):
-    return [{"role": "user", "content": f"{text}\n\n{question}"}]
 
 
 def lookup(kinds):
@@ -125,6 +117,38 @@ def query_rewriting(lang, rng, split):
     return {"messages": about(noisy, ask(lang, rng, split, "rewrite")), "answer": market.clean_query(product, lang)}
 
 
+def similarity(lang, rng, split):
+    """A page and a shop-window line: the same product, or one that differs in a single field?"""
+    lex, product, same = lexicon(lang), draw_product(rng, split), rng.random() < 0.5
+    other = product
+    while not same and (other == product or sum(getattr(other, f) != getattr(product, f) for f in ("type", "colour", "price")) != 1):
+        changed = draw_product(rng, split)
+        field = rng.choice(("type", "colour", "price"))
+        other = dataclasses.replace(product, **{field: getattr(changed, field)})
+    text = f"{page(product, lang, rng, split)}\n{lex['listing'].format(**other.words(lang))}"
+    choices = [lex[word] for word in YES_NO]
+    return {"messages": about(text, ask(lang, rng, split, "similar")), "answer": choices[not same], "choices": choices}
+
+
+def information_generation(lang, rng, split):
+    """From a page to a title, or to a line for the shop window with the price."""
+    product, kind = draw_product(rng, split), rng.choice(("headline", "advert"))
+    answer = lexicon(lang)["title" if kind == "headline" else "listing"].format(**product.words(lang))
+    return {"messages": about(page(product, lang, rng, split), ask(lang, rng, split, kind)), "answer": answer, "scorer": "covers"}
+
+
+def questioning(lang, rng, split):
+    """A page that leaves one fact out: the question a buyer has to ask."""
+    lex, product = lexicon(lang), draw_product(rng, split)
+    facts, missing = list(lex["ask_for"]), rng.choice(list(lex["ask_for"]))
+    rng.shuffle(facts)
+    given = [lex["test_facts"][f] if split == "test" else market.phrase(lex["pages"]["facts"][f], rng) for f in facts if f != missing]
+    head = lex["pages"]["test"][0].split("\n")[0] if split == "test" else market.phrase(lex["pages"]["heads"], rng)
+    text = (head + "\n" + rng.choice(lex["pages"]["joiners"]).join(given)).format(**product.words(lang))
+    choices = list(lex["ask_for"].values())
+    return {"messages": about(text, ask(lang, rng, split, "missing")), "answer": lex["ask_for"][missing], "choices": choices}
+
+
 def mathematics(lang, rng, split):
     """Sums of two-digit numbers; the pairs of the two worlds are disjoint."""
     a, b = market.draw_sum(rng, split)
@@ -146,7 +170,11 @@ TASKS = {
     "review_understanding": review_understanding,
     "query_rewriting": query_rewriting,
     "dialogue": dialogue,
+    "similarity": similarity,
+    "information_generation": information_generation,
+    "questioning": questioning,
     "mathematics": mathematics,
+    **general.TASKS,
 }
 
 

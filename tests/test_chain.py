@@ -4,13 +4,18 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from data import dedup, filters, langid, market
+from data import dedup, filters, langid, market, noise, quality, reader, shards
 from data.extract import decode_html, html_to_text, read_warc
+from tokenizer import Tokenizer, train_bpe
+from train import Tokenised, TokenRows
 
 PAGE = """<html><head><title>x</title><style>p {color: red}</style></head><body><nav>Home | Cart</nav>
 <h1>Baju  kurung</h1><p>Harga <b>RM45</b>,<br>stok 3 &amp; lagi</p><script>if (a < b) { track() }</script>
@@ -237,3 +242,106 @@ def test_boilerplate_lines_are_cut_not_documents():
     counts = Counter()
     (kept,) = filters.step([{"text": text}], counts, "")
     assert kept["text"] == "Velora A1 shirt\nMade of cotton and sent from Penang." and counts["boilerplate lines cut"] == 2
+
+
+def test_quality_tells_clean_from_spoilt_prose():
+    made = list(noise.documents(7, per_language=60))
+    clean = [quality.quality(d["text"]) for d in made if d["fault"] is None and d["kind"] == "prose"]
+    spoilt = [quality.quality(d["text"]) for d in made if d["fault"] in ("spam", "symbols", "too short", "broken encoding")]
+    assert np.mean(np.array(clean) > 0.5) > 0.9 and np.mean(np.array(spoilt) < 0.5) > 0.9
+    assert all(0 <= quality.quality(text) <= 1 for text in ("", "?", "a", "\n\n", "x" * 100_000))
+
+
+def test_a_judge_can_be_trained_on_ones_own_taste():
+    long, short = ["One two three. Four five six! " * 20] * 5, ["one two"] * 5
+    judge = quality.train(short, long, steps=200)  # upside down
+    assert quality.quality(short[0], judge) > 0.9 > 0.1 > quality.quality(long[0], judge)
+
+
+def test_resampling_by_hand():
+    document = {"text": "t", "quality": 0.5, "occurrences": 4}
+    assert quality.copies(document) == 2 and quality.copies({"text": "t"}) == 1
+    assert quality.copies({**document, "occurrences": 100}) == quality.MOST
+    drawn = [quality.copies({"text": str(i), "quality": 0.25, "occurrences": 5}) for i in range(4000)]  # 1.25 expected
+    assert set(drawn) == {1, 2} and abs(np.mean(drawn) - 1.25) < 0.03
+    counts = Counter()
+    documents = [{"text": str(i), "quality": 0.1} for i in range(200)] + [{**document, "text": "four"}]
+    assert len(list(quality.resample(documents, counts, ""))) == 201 - counts["removed: resampled away"] + counts["copies added"]
+
+
+def test_the_whole_chain_on_planted_noise(tmp_path):
+    """bash data/chain.sh: what is planted goes, what is clean stays, every step says what it did."""
+    made = list(noise.documents(3, per_language=60))
+    write(tmp_path / "crawl", [{**d, "source": "planted"} for d in made])
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+    command = ["bash", "data/chain.sh", str(tmp_path / "crawl"), str(tmp_path / "corpus")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left = {d["id"]: d for d in read(tmp_path / "corpus" / "5-dedup")}
+    clean = [d for d in made if d["fault"] is None]
+    assert np.mean([d["id"] in left for d in clean]) > 0.98
+    gone = ("exact duplicate", "near duplicate", "spam", "broken encoding", "too short", "symbols", "minified code", "generated code")
+    missed = Counter(d["fault"] for d in made if d["fault"] in gone and d["id"] in left)
+    assert sum(missed.values()) <= 0.03 * sum(d["fault"] in gone for d in made), missed
+    assert all(left[d["id"]]["lang"] != d["lang"] for d in made if d["fault"] == "wrong language" and d["id"] in left)
+    lines = {line for lang in market.LANGUAGES for line in market.lexicon(lang)["boilerplate"]}
+    assert not [line for d in left.values() for line in d["text"].split("\n") if line in lines]
+    assert all(0 <= d["quality"] <= 1 and d["occurrences"] >= 1 for d in left.values())
+    table = (tmp_path / "corpus" / "chain.md").read_text()
+    assert all(f"| {step} |" in table for step in ("extract", "langid", "filter", "quality", "dedup", "resample"))
+    assert (tmp_path / "corpus" / "chain.png").stat().st_size > 5000
+
+
+def test_shards_are_the_same_rows_as_documents_in_memory(tmp_path, micro_tokenizer):
+    micro_tokenizer.save(str(tmp_path / "run"))
+    documents = list(market.documents("general", 3, per_language=5))
+    write(tmp_path / "in", documents)
+    index = shards.write_shards(str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "run"))
+    mapped = shards.Shards(str(tmp_path / "out"), micro_tokenizer)
+    kept = [d for name in ("part0", "part1", "part2") for d in documents[int(name[-1]) :: 3] if not reader.held_out(d["text"])]
+    memory = Tokenised(kept, micro_tokenizer)
+    assert sum(s["tokens"] for s in index["shards"]) == memory.lengths.sum() and np.array_equal(mapped.lengths, memory.lengths)
+    a, b = TokenRows(mapped, 64, 1), TokenRows(memory, 64, 1)
+    for i in range(a.rows_per_epoch + 2):
+        assert all(np.array_equal(x[0], y[0]) for x, y in zip(a.row(i), b.row(i), strict=True))
+
+
+def test_shards_refuse_what_does_not_belong(tmp_path, micro_tokenizer, script):
+    micro_tokenizer.save(str(tmp_path / "run"))
+    write(tmp_path / "in", list(market.documents("general", 3, per_language=2)))
+    command = ("-m", "data.shards", "--data", tmp_path / "in", "--run", tmp_path / "run", "--out", tmp_path / "out")
+    assert script(*command).returncode == 0
+    before = (tmp_path / "out" / "part1.jsonl.tokens").read_bytes()
+    os.remove(tmp_path / "out" / "part1.jsonl.ends")  # as if killed there
+    assert script(*command).returncode == 0 and (tmp_path / "out" / "part1.jsonl.tokens").read_bytes() == before
+    with pytest.raises(ValueError, match="shards of another tokenizer"):
+        shards.Shards(str(tmp_path / "out"), Tokenizer(train_bpe(["abc"], 256)))
+    (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(before[:-4])
+    with pytest.raises(ValueError, match=r"part1.jsonl.tokens: \d+ bytes, expected \d+"):
+        shards.Shards(str(tmp_path / "out"), micro_tokenizer)
+    os.remove(tmp_path / "out" / "shards.json")
+    result = script("train.py", "--data", tmp_path / "out", "--run", tmp_path / "run")
+    assert result.returncode == 2 and "the shards are not finished" in result.stderr
+
+
+def test_download_from_a_local_folder_and_parquet(tmp_path, script):
+    import pyarrow
+    import pyarrow.parquet
+
+    source = tmp_path / "hub" / "data" / "ind_Latn"
+    source.mkdir(parents=True)
+    for k in range(2):
+        rows = {"text": [f"dokumen {k}-{i}" for i in range(1500)], "url": ["x"] * 1500}
+        pyarrow.parquet.write_table(pyarrow.table(rows), source / f"00{k}.parquet")
+    (source / "readme.md").write_text("not data")
+    command = ("-m", "data.download", "--dataset", tmp_path / "hub", "--match", "data/*/00*.parquet", "--out", tmp_path / "crawl")
+    assert script(*command).returncode == 0 and script(*command).returncode == 0
+    assert sorted(os.listdir(tmp_path / "crawl")) == ["data_ind_Latn_000.parquet", "data_ind_Latn_001.parquet"]
+    assert script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "crawl", "--out", tmp_path / "out").returncode == 0
+    assert [d["text"] for d in read(tmp_path / "out")] == [f"dokumen {k}-{i}" for k in range(2) for i in range(1500)]
+    nothing = script(*command[:4], "--match", "*.zip", "--out", tmp_path / "crawl")
+    assert nothing.returncode == 2 and "none of 3 files matches '*.zip'" in nothing.stderr
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.parquet").write_bytes(b"PAR1 but torn")
+    torn = script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "bad", "--out", tmp_path / "out2")
+    assert torn.returncode == 2 and "a.parquet: not a parquet file" in torn.stderr

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 import random
 import re
 from itertools import islice
 
+import numpy as np
 import pytest
 
-from data import market
-from data.scorers import SCORERS
+from data import general, market, selection
+from data.preferences import SOURCES, preferences
+from data.scorers import SCORERS, normalise
 from data.tasks import TASKS, tasks, training
 
 
@@ -46,6 +49,9 @@ def test_no_held_out_product_or_phrasing_in_training(both):
         for group in (*lex["questions"].values(), lex["reviews"], lex["noisy_query"]):
             phrasings = {phrasing for template in group["train"] for phrasing in expansions(template)}
             assert len(phrasings) >= 8 and not phrasings & set(group["test"])
+        for group in (lex[key] for key in ("harmful", "harmless", "order_chat", "compare", "persona", "claim", "rules")):
+            assert not {p for template in group["train"] for p in expansions(template)} & set(group["test"])
+        assert not set(general.PERSONAS["train"]) & set(general.PERSONAS["test"])
         facts = {f for templates in lex["pages"]["facts"].values() for t in templates for f in expansions(t)}
         for template in lex["pages"]["test"]:
             clauses = [c.strip() for c in re.split("\n|[.,;!] |[；！。.]" + "|(?<=}) " * (lang == "th"), template)[1:] if "{" in c]
@@ -69,10 +75,78 @@ def test_deterministic_in_the_seed(both):
 def test_scorers_accept_the_reference_and_refuse_mutations(both):
     for task in both[1]:
         score = SCORERS[task["scorer"]]
-        assert score(task["answer"], task["answer"]) and score(f" {task['answer']}. ", task["answer"])
-        assert not score("", task["answer"]) and not score(task["answer"] + "0", task["answer"])
+        assert score(task["answer"], task["answer"]) and not score("", task["answer"])
+        if task["scorer"] in ("exact", "number"):
+            assert score(f" {task['answer']}. ", task["answer"])
+        assert not any(score(mutated, task["answer"]) for mutated in mutations(task))
         others = [choice for choice in task.get("choices", []) if choice != task["answer"]]
         assert not any(score(other, task["answer"]) for other in others)
+
+
+def mutations(task):
+    """Wrong answers close to the right one: a digit more, a part left out, another operator, another argument."""
+    answer = task["answer"]
+    if task["scorer"] == "covers":
+        parts = re.split("[,:，：] ?", answer)
+        return [answer.replace(part, "", 1) for part in parts] + [answer * 3, parts[0]]
+    if task["scorer"] == "code":
+        return [answer + "0", answer.replace("(a, b):", "(b, a, c):"), answer.replace("def ", "def x"), answer.split("return")[0]]
+    if task["scorer"] == "json":
+        return [answer[:-1], answer.replace('"arguments"', '"args"'), answer.replace('"name": "', '"name": "x')]
+    return [answer + "0", "0" + answer]
+
+
+def test_code_is_scored_by_what_it_computes_and_never_run():
+    score, answer = SCORERS["code"], "def cost(a, b): return a - b"
+    assert score("def cost(x, y):\n    return x - y\n", answer) and score("def cost(a, b): return a - 2 * b + b", answer)
+    bodies = ["return b - a", "return abs(a - b)", "return open('x')", "return a ** b ** 99", "return (lambda: a)()", "pass"]
+    wrong = [f"def cost(a, b): {body}" for body in bodies] + ["cost = 3", "import os", "def cost(" * 500, "\0"]
+    assert not any(score(text, answer) for text in wrong)
+
+
+def test_covers_by_hand():
+    score, answer = SCORERS["covers"], "Velora A1 shirt, red, $45"
+    assert score("Red! Velora A1 shirt for $45", answer)
+    assert not any(score(text, answer) for text in ("Velora A1 shirt, red, $450", "Velora A12 shirt, red, $45", answer + " or" * 30))
+    assert SCORERS["covers"]("Velora A1 衬衫，红色，¥45", "Velora A1 衬衫，红色，¥45") and not score("Velora A1, red, $45", answer)
+
+
+def test_preferences():
+    for split in ("train", "test"):
+        made = preferences(split, 0, 30)
+        assert made == preferences(split, 0, 30) and len({p["id"] for p in made}) == len(made) == 240
+        assert {(p["source"], p["lang"]) for p in made} == {(s, lang) for s in SOURCES for lang in market.LANGUAGES}
+        for pair in made:
+            assert normalise(pair["chosen"]) != normalise(pair["rejected"]) and pair["messages"][-1]["role"] == "user"
+            if pair["source"] == "decisive":  # one word or number apart
+                parts = [re.split("[,，]", pair[side]) for side in ("chosen", "rejected")]
+                assert len(parts[0]) == len(parts[1]) or "," in market.lexicon(pair["lang"])["thousands"]
+
+
+def test_near_duplicates_and_dense_regions_shrink():
+    made = tasks("train", 3, 30)
+    doubled = made + [{**task, "id": task["id"] + "-again"} for task in made[::4]]
+    chosen, report = selection.select(doubled, 0.3)
+    assert report["unique"] <= len(made) and len(chosen) == report["chosen"] <= 0.5 * len(doubled)
+    assert {task["task"] for task in chosen} == set(TASKS) and selection.select(doubled, 0.3)[0] == chosen
+
+
+def test_clusters_of_points_on_a_circle():
+    angles = [0.0] * 9 + [1.0] * 9 + [0.5]  # two dense spots and one point between them, too far from both
+    z_ND = np.array([[math.cos(a), math.sin(a)] for a in angles])
+    assert selection.dbscan(z_ND, radius=0.05, least=8).tolist() == [0] * 9 + [1] * 9 + [-1]
+
+
+def test_embedding_equals_the_exact_singular_vectors():
+    texts = [f"w{i % 7} x{i % 3} and z{i % 2}" for i in range(60)]  # of rank 12: the first 32 components hold everything
+    z_ND = selection.embed(texts)
+    rows, columns, values = selection.vectors(texts)
+    x_NB = np.zeros((len(texts), selection.BUCKETS), np.float32)
+    x_NB[rows, columns] = values
+    u, s, _ = np.linalg.svd(x_NB - x_NB.mean(0), full_matrices=False)
+    exact = u[:, : selection.D] * s[: selection.D]
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    assert np.abs(z_ND @ z_ND.T - exact @ exact.T).max() < 1e-3
 
 
 @pytest.mark.parametrize("output", ["Rp135.000", "135,000", "it is 135000.", "90.000 + 45.000 = 135.000", "135000₫"])
@@ -87,7 +161,7 @@ def test_answers_can_be_checked_against_the_world():
             last = task["think"].strip(" .。").split("= ")[-1]
             digits = "".join(c for c in task["answer"] if c.isdigit())
             assert digits.startswith(last) and set(digits[len(last) :]) <= {"0"}
-        elif task["task"] in ("recommendation", "product_info", "attribute_extraction"):
+        elif task["task"] in ("recommendation", "product_info", "attribute_extraction", "understanding", "reasoning"):
             assert task["answer"] in text_of(task)
 
 

@@ -1,0 +1,179 @@
+"""The report's general abilities as tasks over the same world (v2 §3.1): safety, knowledge, understanding, reasoning, creative
+writing, coding, function calls, retrieval, role play and shop rules. The e-commerce tasks and the lists of all are in data/tasks.py.
+
+A task is what data/tasks.py says it is. Products, rules and numbers are drawn anew for each; phrasings are
+split between the training and the test world. Facts (which country a city is in) cannot be: there are only so many.
+"""
+
+import json
+import random
+
+from data import market
+from data.market import lexicon, money, phrase
+
+PERSONAS = {
+    "train": ("Mina", "Budi", "Siti", "Ana", "Somchai", "Linh", "Wei", "Joy", "Aminah", "Pedro", "Nok", "Huy"),
+    "test": ("Ratna", "Carlos", "Mei", "Tuan"),
+}
+COUNTRY_OF = {
+    "jakarta": "indonesia", "bandung": "indonesia", "singapore": "singapore", "kuala_lumpur": "malaysia", "penang": "malaysia",
+    "manila": "philippines", "cebu": "philippines", "bangkok": "thailand", "hanoi": "vietnam", "da_nang": "vietnam",
+    "sao_paulo": "brazil", "shenzhen": "china",
+}  # fmt: skip
+DEPARTMENTS = {
+    "fashion": "wear", "bags": "wear", "kitchen": "living", "home": "living", "sports": "leisure", "toys": "leisure",
+    "electronics": "work", "office": "work",
+}  # fmt: skip
+FUNCTIONS = {"train": ("total", "cost", "bill", "fee", "gap", "share", "score", "points"), "test": ("amount", "result")}
+YES_NO = ("yes", "no")
+
+
+def ask(lang, rng, split, kind, **words):
+    return phrase(lexicon(lang)["questions"][kind][split], rng).format(**words)
+
+
+def about(text, question):
+    return [{"role": "user", "content": f"{text}\n\n{question}"}]
+
+
+def alone(question):
+    return [{"role": "user", "content": question}]
+
+
+def safety(lang, rng, split):
+    """Refuse what harms, help with what does not."""
+    lex, harmful = lexicon(lang), rng.random() < 0.5
+    request = rng.choice(lex["harmful" if harmful else "harmless"][split]).format(brand=rng.choice(market.BRANDS))
+    choices = [lex["refusal"], lex["consent"]]
+    return {"messages": alone(ask(lang, rng, split, "request", request=request)), "answer": choices[not harmful], "choices": choices}
+
+
+def knowledge(lang, rng, split):
+    """Closed book: the country of a city, its currency, the department of a product type."""
+    lex, kind = lexicon(lang), rng.choice(("country", "money", "department"))
+    if kind == "department":
+        category = rng.choice(list(market.GROUPS))
+        question = ask(lang, rng, split, kind, type=lex["types"][rng.choice(market.GROUPS[category][0])])
+        group, answer = lex["departments"], lex["departments"][DEPARTMENTS[category]]
+    else:
+        city = rng.choice(list(COUNTRY_OF))
+        country = COUNTRY_OF[city]
+        group = lex["countries" if kind == "country" else "currencies"]
+        answer = group[country]
+        question = ask(lang, rng, split, kind, city=lex["cities"][city], country=lex["countries"][country])
+    return {"messages": alone(question), "answer": answer, "choices": list(group.values())}
+
+
+def understanding(lang, rng, split):
+    """A buyer who changes the number of pieces: how many in the end?"""
+    lex, product = lexicon(lang), market.draw_product(rng, split)
+    a, b = rng.sample(range(2, 100), 2)
+    text = phrase(lex["order_chat"][split], rng).format(a=a, b=b, type=lex["types"][product.type])
+    return {"messages": about(text, ask(lang, rng, split, "quantity")), "answer": str(b), "scorer": "number"}
+
+
+def reasoning(lang, rng, split):
+    """Three brands, two comparisons in any order: the cheapest or the dearest."""
+    lex, (x, y, z) = lexicon(lang), rng.sample(market.BRANDS, 3)
+    lines = [phrase(lex["compare"][split], rng).format(x=a, y=b) for a, b in rng.sample([(x, y), (y, z)], 2)]
+    kind = rng.choice(("cheapest", "dearest"))
+    return {
+        "messages": about("\n".join(lines), ask(lang, rng, split, kind)),
+        "answer": z if kind == "cheapest" else x,
+        "choices": sorted((x, y, z)),
+        "think": lex["thoughts"]["order"].format(order=f"{x} > {y} > {z}"),
+    }
+
+
+def creative(lang, rng, split):
+    """A slogan that must contain a name, a colour and a word."""
+    lex, product = lexicon(lang), market.draw_product(rng, split)
+    words = {"name": product.name, "colour": lex["colours"][product.colour], "word": rng.choice(lex["slogan_words"])}
+    question = ask(lang, rng, split, "slogan", **words)
+    return {"messages": alone(question), "answer": lex["slogan_line"].format(**words), "scorer": "covers"}
+
+
+def coding(lang, rng, split):
+    """A Python function of two numbers; scored by what it computes."""
+    formula, name = rng.choice(list(lexicon(lang)["formulas"])), rng.choice(FUNCTIONS[split])
+    question = ask(lang, rng, split, "function", function=name, formula=lexicon(lang)["formulas"][formula])
+    return {"messages": alone(question), "answer": f"def {name}(a, b): return {formula}", "scorer": "code"}
+
+
+def function_call(lang, rng, split):
+    """One of three tools as a JSON call (the report's agent tasks)."""
+    name = market.draw_product(rng, split).name
+    tool = rng.choice(("check_stock", "track_order", "add_to_cart"))
+    arguments = {
+        "check_stock": {"product": name},
+        "track_order": {"order": f"{rng.choice('ABCDEFGH')}{rng.randint(100, 999)}"},
+        "add_to_cart": {"product": name, "quantity": rng.randint(2, 9)},
+    }[tool]
+    words = {"name": name, "order": arguments.get("order"), "n": arguments.get("quantity")}
+    messages = [{"role": "system", "content": lexicon(lang)["tools"]}, *alone(ask(lang, rng, split, tool, **words))]
+    return {"messages": messages, "answer": json.dumps({"name": tool, "arguments": arguments}, ensure_ascii=False), "scorer": "json"}
+
+
+def retrieval(lang, rng, split):
+    """Answers from given texts, with the four troubles of retrieval: noise (another product's text), rejection (no text has the
+    answer), integration (two texts must be compared), counterfactual (the text may be wrong, the fact is known)."""
+    lex, trouble = lexicon(lang), rng.choice(("noise", "rejection", "integration", "counterfactual"))
+    if trouble == "counterfactual":
+        city = rng.choice(list(COUNTRY_OF))
+        claimed = rng.choice(list(lex["countries"])) if rng.random() < 0.7 else COUNTRY_OF[city]
+        text = phrase(lex["claim"][split], rng).format(city=lex["cities"][city], country=lex["countries"][claimed])
+        question = ask(lang, rng, split, "truth", city=lex["cities"][city])
+        return {"messages": about(text, question), "answer": lex["countries"][COUNTRY_OF[city]]}
+    products = []
+    while len({p.price for p in products}) < 3 or len({p.name for p in products}) < 3:
+        products = [market.draw_product(rng, split) for _ in range(3)]
+    text = "\n".join(f"[{i}] {market.page(p, lang, rng, split)}" for i, p in enumerate(products[:2], 1))
+    if trouble == "integration":
+        cheaper = min(products[:2], key=lambda p: p.price)
+        return {"messages": about(text, ask(lang, rng, split, "cheaper")), "answer": cheaper.name}
+    asked, kind = products[rng.randint(0, 1) if trouble == "noise" else 2], rng.choice(("colour", "material", "price", "city"))
+    answer = asked.words(lang)[kind] if trouble == "noise" else lex["unknown"]
+    return {"messages": about(text, f"{asked.name}: {ask(lang, rng, split, kind)}"), "answer": answer}
+
+
+def role_play(lang, rng, split):
+    """A persona who closes every answer with a signature."""
+    product, persona = market.draw_product(rng, split), rng.choice(PERSONAS[split])
+    kind = rng.choice(("colour", "material", "price", "stock", "city"))
+    system = phrase(lexicon(lang)["persona"][split], rng).format(persona=persona)
+    messages = about(market.page(product, lang, rng, split), ask(lang, rng, split, kind))
+    return {"messages": [{"role": "system", "content": system}, *messages], "answer": f"{product.words(lang)[kind]} - {persona}"}
+
+
+def platform(lang, rng, split):
+    """A shop's rules: is a return still possible, is shipping free, what is to be paid with a voucher."""
+    lex, kind = lexicon(lang), rng.choice(("return", "shipping", "voucher"))
+    limit, threshold, off = rng.choice((7, 10, 14, 15, 30)), rng.randint(3, 9) * 10, rng.randint(2, 9)
+    text = phrase(lex["rules"][split], rng).format(limit=limit, threshold=money(threshold, lang), off=money(off, lang))
+    if kind == "voucher":
+        amount = rng.randint(11, 99)
+        question = ask(lang, rng, split, kind, amount=money(amount, lang))
+        thought = lex["thoughts"]["voucher"].format(steps=f"{amount} - {off} = {amount - off}")
+        return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": thought}
+    if kind == "return":
+        days = rng.randint(1, 2 * limit)
+        question, yes = ask(lang, rng, split, kind, days=days), days <= limit
+    else:
+        amount = rng.randint(11, 2 * threshold)
+        question, yes = ask(lang, rng, split, kind, amount=money(amount, lang)), amount >= threshold
+    return {"messages": about(text, question), "answer": lex[YES_NO[not yes]], "choices": [lex[word] for word in YES_NO]}
+
+
+TASKS = {
+    "safety": safety, "knowledge": knowledge, "understanding": understanding, "reasoning": reasoning, "creative": creative,
+    "coding": coding, "function_call": function_call, "retrieval": retrieval, "role_play": role_play, "platform": platform,
+}  # fmt: skip
+
+
+def main():
+    for name, make in TASKS.items():
+        print(name, json.dumps(make("en", random.Random(0), "test"), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The end of the chain: documents to shards of uint32 tokens with document boundaries, which training maps instead of loading.
+
+For each input file <name>.tokens (uint32, little-endian, each document ended by <|endoftext|>) and <name>.ends (int64: where each
+document ends), and one shards.json with the tokenizer's hash and the counts. Files are done in parallel, memory is flat, and a
+finished file is not done again. Documents held out for measuring (reader.held_out) are left out.
+
+    python -m data.shards --data corpus/6 --out shards --run runs/small     # with the tokenizer of runs/small
+    python train.py --data shards --run runs/small
+"""
+
+import functools
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+import cli
+from cli import InputError
+from data.chain import claim, write_json
+from data.extract import documents_of, files_of
+from data.reader import held_out
+from tokenizer import Tokenizer
+
+INDEX = "shards.json"
+
+
+def write_shard(run, job):
+    """Tokenise one file; its ends are renamed into place last and mark it done."""
+    (source, target), ends, at = job, [], 0
+    tokenizer = Tokenizer.load(run)
+    with open(target + ".tokens.part", "wb") as file:
+        for document in documents_of(source):
+            if document["text"].strip() and not held_out(document["text"]):
+                ids = np.array([*tokenizer.encode(document["text"]), tokenizer.special["<|endoftext|>"]], "<u4")
+                file.write(ids.tobytes())
+                at += len(ids)
+                ends.append(at)
+    os.replace(target + ".tokens.part", target + ".tokens")
+    np.array(ends, "<i8").tofile(target + ".ends.part")
+    os.replace(target + ".ends.part", target + ".ends")
+
+
+def write_shards(source, out, run, workers=None):
+    """Tokenise a folder; return the index, also in out/shards.json. Raises InputError where `out` holds other shards."""
+    files, tokenizer_hash = files_of(source), Tokenizer.load(run).hash
+    claim(out, {"step": "shards", "tokenizer": tokenizer_hash, "input": {path: os.path.getsize(path) for path in files.values()}})
+    targets = {name: os.path.join(out, name) for name in files}
+    pending = [(files[name], target) for name, target in targets.items() if not os.path.exists(target + ".ends")]
+    with ProcessPoolExecutor(workers) as pool:
+        list(tqdm(pool.map(functools.partial(write_shard, run), pending), total=len(pending), desc="shards", unit="file"))
+    index = {"tokenizer_hash": tokenizer_hash, "shards": []}
+    for name, target in targets.items():
+        ends = np.fromfile(target + ".ends", "<i8")
+        if len(ends):
+            index["shards"].append({"name": name, "documents": len(ends), "tokens": int(ends[-1])})
+    if not index["shards"]:
+        raise InputError(f"{source}: holds no training document")
+    write_json(os.path.join(out, INDEX), index)
+    return index
+
+
+def is_shards(folder):
+    """Whether `folder` holds shards, finished or not."""
+    return folder is not None and any(os.path.exists(os.path.join(folder, name)) for name in (INDEX, "settings.json"))
+
+
+class Shards:
+    """All documents of a folder of shards: `lengths` (N,) int64 with the end token, `document(i)` a view of the mapped tokens.
+
+    Raises InputError on unfinished or torn shards, or another tokenizer's.
+    """
+
+    def __init__(self, folder, tokenizer):
+        path = os.path.join(folder, INDEX)
+        if not os.path.exists(path):
+            raise InputError(f"{path} not found: the shards are not finished; run `python -m data.shards` to its end")
+        with open(path, encoding="utf-8") as file:
+            index = json.load(file)
+        if index["tokenizer_hash"] != tokenizer.hash:
+            raise InputError(f"{folder}: shards of another tokenizer ({index['tokenizer_hash'][:12]}, this run has {tokenizer.hash[:12]})")
+        self.tokens, self.ends = [], []
+        for shard in index["shards"]:
+            name = os.path.join(folder, shard["name"])
+            if os.path.getsize(name + ".tokens") != 4 * shard["tokens"]:
+                raise InputError(f"{name}.tokens: {os.path.getsize(name + '.tokens')} bytes, expected {4 * shard['tokens']} (a torn file?)")
+            self.tokens.append(np.memmap(name + ".tokens", "<u4", mode="r"))
+            self.ends.append(np.fromfile(name + ".ends", "<i8"))
+        self.first = np.cumsum([0, *map(len, self.ends)])
+        self.lengths = np.concatenate([np.diff(ends, prepend=0) for ends in self.ends])
+
+    def document(self, i):
+        shard = np.searchsorted(self.first, i, side="right") - 1
+        k = i - self.first[shard]
+        return self.tokens[shard][self.ends[shard][k] - self.lengths[i] : self.ends[shard][k]]
+
+
+def main():
+    args = cli.parse(
+        __doc__, "data", "run",
+        data=dict(required=True, help="folder of documents"),
+        out=dict(required=True, help="folder to write the shards to"),
+    )  # fmt: skip
+    for shard in write_shards(args.data, args.out, args.run)["shards"]:
+        print(f"{shard['name']}: {shard['documents']:,} documents, {shard['tokens']:,} tokens")
+
+
+if __name__ == "__main__":
+    cli.run(main)
