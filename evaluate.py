@@ -25,7 +25,7 @@ import cli
 from checkpoint import STAGES, checkpoints, latest_stage, read_metrics, write_atomically
 from data import reader
 from data.scorers import SCORERS
-from data.tasks import tasks
+from data.tasks import fingerprint, tasks
 from generate import GREEDY, generate, load_for_inference, split_thought
 
 BASE = "long"  # the last pre-training stage answers plain text, not chats
@@ -190,7 +190,7 @@ def table(rows, header):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def accuracy_table(results):
+def accuracy_table(results, tasks_hash):
     """Markdown: one row per task and language, one column per model or baseline, in percent."""
     names = list(results)
     first = results[names[0]]
@@ -198,7 +198,7 @@ def accuracy_table(results):
     for group in ("by_task", "by_language"):
         for key in first[group]:
             rows.append([key, *(f"{100 * results[n][group][key]:.1f}" for n in names)])
-    return table(rows, [f"accuracy, % of {first['n']} held-out tasks", *names])
+    return table(rows, [f"accuracy, % of {first['n']} held-out tasks, {tasks_hash}", *names])
 
 
 def sample_chats(model, tokenizer, tasks):
@@ -244,7 +244,7 @@ def write_report(run, report, chats, worst_load):
     sections = ["# Report", "## Loss (nats per trained token, mean of the last 50 steps) and speed"]
     rows = [[stage, f"{loss:.3f}", f"{report['tokens_per_s'][stage]:,.0f}"] for stage, loss in report["loss"].items()]
     sections += [table(rows, ["stage", "loss", "tokens/s"]), "![loss](loss.png)"]
-    sections += ["## Accuracy on products and phrasings never seen in training", accuracy_table(report["accuracy"])]
+    sections += ["## Accuracy on products and phrasings never seen in training", accuracy_table(report["accuracy"], report["tasks_hash"])]
     sections.append("majority, copy and without text are baselines that cannot know the answer. ![accuracy](accuracy.png)")
     if report["thinking"]:
         rows = [
@@ -269,7 +269,7 @@ def write_report(run, report, chats, worst_load):
 def main():
     args = cli.parse(
         __doc__, "data", "run", "device", "seed",
-        tasks=dict(type=int, default=8, help="held-out tasks per task and language"),
+        tasks=dict(type=int, default=5, help="held-out tasks per task and language"),
     )  # fmt: skip
     device = cli.pick_device(args.device)
     test = tasks("test", args.seed, args.tasks)
@@ -280,7 +280,10 @@ def main():
     results["copy"] = accuracy(test, copied_answers(test))
     metrics = read_metrics(args.run)
     loss, speed = stage_losses(metrics)
-    report = {"loss": loss, "tokens_per_s": speed, "accuracy": results, "thinking": thinking, "bits_per_byte": bits}
+    report = {
+        "tasks_hash": fingerprint(test), "loss": loss, "tokens_per_s": speed, "accuracy": results, "thinking": thinking,
+        "bits_per_byte": bits,
+    }  # fmt: skip
     plot_losses(metrics, os.path.join(args.run, "loss.png"))
     worst_load = plot_load(metrics, os.path.join(args.run, "load.png"))
     last = [stage for stage in STAGES if stage in results][-1]

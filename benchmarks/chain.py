@@ -24,13 +24,15 @@ from data.reader import held_out, read_folder
 ORDER = ("extract", "langid", "filter", "quality", "dedup", "resample")
 
 
-def write(folder, documents, files=8):
+def write(folder, documents):
+    """One .jsonl for each language, documents in their order."""
     os.makedirs(folder)
-    handles = [open(os.path.join(folder, f"part{k}.jsonl"), "w", encoding="utf-8") for k in range(files)]
-    for i, document in enumerate(documents):
-        handles[i % files].write(json.dumps(document, ensure_ascii=False) + "\n")
-    for handle in handles:
-        handle.close()
+    by_language = defaultdict(list)
+    for document in documents:
+        by_language[document["lang"]].append(json.dumps(document, ensure_ascii=False) + "\n")
+    for lang, lines in by_language.items():
+        with open(os.path.join(folder, f"{lang}.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def read(folder):

@@ -64,8 +64,8 @@ class Clusters:
         self.parent[j] = i
 
 
-def near_duplicates(signatures_NP):
-    """Clusters of documents that share a band and agree in THRESHOLD of all values with the first of their group."""
+def near_duplicates(signatures_NP, threshold=THRESHOLD):
+    """Clusters of documents that share a band and agree in `threshold` of all values with the first of their group."""
     clusters = Clusters(len(signatures_NP))
     for start in range(0, P, R):
         band_NR = np.ascontiguousarray(signatures_NP[:, start : start + R])
@@ -76,7 +76,7 @@ def near_duplicates(signatures_NP):
             bucket = order[begin:end]
             while len(bucket) > 1:
                 first, others = bucket[0], bucket[1:]
-                alike = (signatures_NP[others] == signatures_NP[first]).mean(axis=1) >= THRESHOLD
+                alike = (signatures_NP[others] == signatures_NP[first]).mean(axis=1) >= threshold
                 for other in others[alike]:
                     clusters.join(int(first), int(other))
                 bucket = others[~alike]
@@ -86,12 +86,12 @@ def near_duplicates(signatures_NP):
 EXACT, NEAR = 0, -1  # verdicts on dropped documents; a kept one has its cluster's size
 
 
-def verdicts(texts_N, signatures_NP, quality_N, keep):
+def verdicts(texts_N, signatures_NP, quality_N, keep, threshold=THRESHOLD):
     """(N,) int32: the number of occurrences of a document that stays, EXACT or NEAR for one that goes.
 
     texts_N: a hash of each whole text; quality_N: scores in 0..1; keep: copies of a good document that may stay.
     """
-    clusters, seen, exact = near_duplicates(signatures_NP), {}, np.zeros(len(texts_N), bool)
+    clusters, seen, exact = near_duplicates(signatures_NP, threshold), {}, np.zeros(len(texts_N), bool)
     for i, text in enumerate(texts_N):
         if text in seen:
             clusters.join(seen[text], i)

@@ -11,17 +11,20 @@ from collections import Counter
 
 WORD = re.compile(r"[\u0e00-\u0e7f\u3400-\u9fff]|[^\W_]+")  # Thai and Chinese write no spaces: a character counts as a word
 URL = re.compile(r"https?://|www\.", re.IGNORECASE)
-BOILERPLATE = re.compile(
-    r"\bcookies?\b|all rights reserved|terms (of|and) (use|service|conditions)|privacy policy|enable javascript|skip to (main )?content"
-    r"|\bshare (this|on)\b|\blog ?in\b|\bsign (in|up)\b|\bsubscribe\b|kebijakan privasi|dasar privasi|política de privacidade"
-    r"|chính sách bảo mật|隐私政策|版权所有|นโยบายความเป็นส่วนตัว|syarat dan ketentuan",
+BOILERPLATE = re.compile(  # cookies; rights; log in; share; privacy and terms, in the languages of the marketplace
+    r"\bcookies?\b|\bkuki\b|คุกกี้"
+    r"|all rights reserved|版权所有|hak cipta|direitos reservados|nakalaan ang lahat|สงวนลิขสิทธิ์|bản quyền"
+    r"|\blog ?in\b|\bsign (in|up)\b|登录|masuk atau daftar|log masuk|entre ou cadastre|เข้าสู่ระบบ|đăng nhập"
+    r"|\bshare (this|on|ang)\b|分享本页|(bagikan|kongsi) (halaman|ini)|compartilhe est|แชร์หน้า|chia sẻ (trang|bài)"
+    r"|privacy|terms (of|and) (use|service|conditions)|隐私政策|privasi|syarat dan ketentuan|política de privacidade"
+    r"|นโยบายความเป็นส่วนตัว|chính sách bảo mật|enable javascript|skip to (main )?content|\bsubscribe\b",
     re.IGNORECASE,
 )
 CODE = re.compile(
     r"^\s*(def |class |import |from \w+ import|#include|function |public |const |let |var |package |return\b|[{}]\s*$)", re.MULTILINE
 )
 MOJIBAKE = re.compile(r"[\u00c2-\u00ef][\u0080-\u009f\u00a1-\u00bf]")  # UTF-8 read as Latin-1
-MATHS = re.compile(r"\d\s*[+×*/÷=−-]\s*\d")
+MATHS = re.compile(r"\d\s*[+×*÷=−]\s*\d|\d [/-] \d")  # 17-03-2024 is no subtraction
 
 
 def kind_of(document):

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 import cli
 from data import market
+from data.filters import kind_of
 from data.reader import held_out, read_folder
 
 BUCKETS, SIZES = 1 << 16, (2, 3, 4)
+SISTERS = {"id", "ms"}  # Indonesian and Malay share most of their words
 PATH = os.path.join(os.path.dirname(__file__), "langid.npz")
 WORDS = re.compile(r"[^\W\d_][^\W\d_\u0300-\u036f\u0e31-\u0e4e]*|[\u0e00-\u0e7f]+")
 SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
@@ -109,6 +111,8 @@ def document_language(text, least=0.6):
     if not size:
         return None, 0.0
     (lang, most), total = size.most_common(1)[0], size.total()
+    if lang in SISTERS:  # half of a Malay text may look Indonesian without being in two languages
+        most = sum(size[sister] for sister in SISTERS)
     return lang, most / total
 
 
@@ -116,10 +120,14 @@ def step(documents, counts, source):
     """The langid step: set "lang"; drop what has no clear language, or two (share under 0.6); correct wrong labels and count them.
 
     Where a document says that it is Malay and the model says Indonesian, or the other way round, the document is believed.
+    Code and sums pass: the words in them are not sentences.
     """
     for document in documents:
+        if kind_of(document) != "prose":
+            yield document
+            continue
         lang, share = document_language(document["text"])
-        if {lang, document.get("lang")} == {"id", "ms"}:
+        if {lang, document.get("lang")} == SISTERS:
             lang = document["lang"]
         if lang is None:
             counts["removed: no clear language"] += 1

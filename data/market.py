@@ -217,8 +217,8 @@ def document(lang, rng, split, kind):
     if kind == "shop":
         return shop_document(lang, rng, split, rng.randint(8, 20))
     product = draw_product(rng, split)
-    if kind == "chat":
-        return rng.choice(lexicon(lang)["chats"]).format(**product.words(lang))
+    if kind in ("chat", "mixed"):  # mixed: two languages in one sentence, as people type
+        return rng.choice(lexicon(lang)["chats" if kind == "chat" else "mixed"]).format(**product.words(lang))
     if kind == "review":
         return review(product, lang, rng, split, rng.choices(("praise", "complaint"), k=2))[0]
     return page(product, lang, rng, split)
@@ -226,7 +226,7 @@ def document(lang, rng, split, kind):
 
 # kind -> weight, per pre-training stage: everything, then the cleanest, then long documents among short ones
 MIXTURES = {
-    "general": {"page": 20, "faq": 30, "review": 15, "chat": 8, "queries": 8, "maths": 17, "code": 2},
+    "general": {"page": 20, "faq": 30, "review": 12, "chat": 8, "mixed": 3, "queries": 8, "maths": 17, "code": 2},
     "anneal": {"faq": 50, "queries": 10, "maths": 40},
     "long": {"faq": 30, "queries": 6, "maths": 20, "shop": 6},
 }

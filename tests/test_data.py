@@ -1,7 +1,5 @@
 """data/: the two worlds are apart, scorers accept references and refuse mutations, everything is a function of the seed."""
 
-import hashlib
-import json
 import math
 import random
 import re
@@ -13,7 +11,7 @@ import pytest
 from data import general, market, selection
 from data.preferences import SOURCES, preferences
 from data.scorers import SCORERS, normalise
-from data.tasks import TASKS, tasks, training
+from data.tasks import TASKS, fingerprint, tasks, training
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def mutations(task):
         return [answer + "0", answer.replace("(a, b):", "(b, a, c):"), answer.replace("def ", "def x"), answer.split("return")[0]]
     if task["scorer"] == "json":
         return [answer[:-1], answer.replace('"arguments"', '"args"'), answer.replace('"name": "', '"name": "x')]
-    return [answer + "0", "0" + answer]
+    return [answer + "0"] if task["scorer"] == "number" else [answer + "0", "0" + answer, normalise(answer)[:-1]]
 
 
 def test_code_is_scored_by_what_it_computes_and_never_run():
@@ -167,5 +165,4 @@ def test_answers_can_be_checked_against_the_world():
 
 def test_the_held_out_tasks_are_frozen():
     """Measured accuracies are comparable only while this hash stands; whoever changes the tasks changes it and measures anew."""
-    text = json.dumps(tasks("test", 0, 10), ensure_ascii=False, sort_keys=True)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "3b6be652f53482e5"
+    assert fingerprint(tasks("test", 0, 10)) == "ab0dea20f0ab6963"
