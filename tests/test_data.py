@@ -165,4 +165,4 @@ def test_answers_can_be_checked_against_the_world():
 
 def test_the_held_out_tasks_are_frozen():
     """Measured accuracies are comparable only while this hash stands; whoever changes the tasks changes it and measures anew."""
-    assert fingerprint(tasks("test", 0, 10)) == "ab0dea20f0ab6963"
+    assert fingerprint(tasks("test", 0, 10)) == "da7931a8d1080cb0"
