@@ -25,7 +25,7 @@ import cli
 from checkpoint import STAGES, checkpoints, latest_stage, read_metrics, write_atomically
 from data import reader
 from data.scorers import SCORERS
-from data.tasks import fingerprint, tasks
+from data.tasks import ECOMMERCE, fingerprint, tasks
 from generate import GREEDY, generate, load_for_inference, split_thought
 
 BASE = "long"  # the last pre-training stage answers plain text, not chats
@@ -83,22 +83,23 @@ def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False):
 
 
 def accuracy(tasks, answers):
-    """{"overall", "by_task", "by_language", "n"}: shares of tasks whose scorer accepts the answer."""
+    """{"overall", "by_group", "by_task", "by_language", "cells", "n"}: shares of tasks whose scorer accepts the answer."""
     hits = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(tasks, answers, strict=True)]
 
     def share(key):
         groups = defaultdict(list)
         for task, hit in zip(tasks, hits, strict=True):
-            groups[task[key]].append(hit)
+            groups[key(task)].append(hit)
         return {name: sum(group) / len(group) for name, group in groups.items()}
 
-    cells = defaultdict(list)
-    for task, hit in zip(tasks, hits, strict=True):
-        cells[f"{task['task']}/{task['lang']}"].append(hit)
-    cells = {name: sum(group) / len(group) for name, group in cells.items()}
     return {
-        "overall": sum(hits) / len(hits), "by_task": share("task"), "by_language": share("lang"), "cells": cells, "n": len(hits),
-    }  # fmt: skip
+        "overall": sum(hits) / len(hits),
+        "by_group": share(lambda task: "e-commerce" if task["task"] in ECOMMERCE else "general"),
+        "by_task": share(lambda task: task["task"]),
+        "by_language": share(lambda task: task["lang"]),
+        "cells": share(lambda task: f"{task['task']}/{task['lang']}"),
+        "n": len(hits),
+    }
 
 
 def majority_answers(tasks, training):
@@ -195,7 +196,7 @@ def accuracy_table(results, tasks_hash):
     names = list(results)
     first = results[names[0]]
     rows = [["all", *(f"{100 * results[n]['overall']:.1f}" for n in names)]]
-    for group in ("by_task", "by_language"):
+    for group in ("by_group", "by_task", "by_language"):
         for key in first[group]:
             rows.append([key, *(f"{100 * results[n][group][key]:.1f}" for n in names)])
     return table(rows, [f"accuracy, % of {first['n']} held-out tasks, {tasks_hash}", *names])

@@ -24,7 +24,7 @@ from train import Schedule, assemble, finished, fit, language_model_loss
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
-    "sft1": ("long", Schedule(2800, 3e-3, 1e-4, 30, (0.1, 0.1))),
+    "sft1": ("long", Schedule(3400, 3e-3, 1e-4, 30, (0.1, 0.1))),
     "sft2": ("sft1", Schedule(1000, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
 }
 PER_LANGUAGE = 7000  # embedded training tasks

@@ -161,7 +161,7 @@ def mathematics(lang, rng, split):
     }
 
 
-TASKS = {
+ECOMMERCE = {
     "product_info": lookup(("brand", "city")),
     "attribute_extraction": lookup(("colour", "material")),
     "classification": classification,
@@ -174,9 +174,8 @@ TASKS = {
     "similarity": similarity,
     "information_generation": information_generation,
     "questioning": questioning,
-    "mathematics": mathematics,
-    **general.TASKS,
 }
+TASKS = {**ECOMMERCE, "mathematics": mathematics, **general.TASKS}
 
 
 def tasks(split, seed, per_task):
@@ -200,12 +199,12 @@ CONVERSATIONS = {  # training only: one reading of a page or a listing serves ma
     "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "listing": functools.partial(recommendation, turns=3),
 }
-# share of each in the training set, in percent
+# share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact
 TRAINING = {
-    "page": 26, "listing": 3, "review_understanding": 8, "query_rewriting": 14, "matching": 2, "classification": 1,
-    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 7, "numerical_reasoning": 7,
-    "similarity": 1, "information_generation": 3, "questioning": 3, "safety": 2, "knowledge": 3, "understanding": 2,
-    "reasoning": 2, "creative": 2, "coding": 2, "function_call": 3, "retrieval": 2, "role_play": 1, "platform": 2,
+    "page": 16, "listing": 2, "review_understanding": 6, "query_rewriting": 8, "matching": 2, "classification": 1,
+    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 6,
+    "similarity": 1, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 6, "understanding": 3,
+    "reasoning": 4, "creative": 4, "coding": 5, "function_call": 6, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
 
 
