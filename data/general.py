@@ -25,6 +25,15 @@ DEPARTMENTS = {
     "electronics": "work", "office": "work",
 }  # fmt: skip
 FUNCTIONS = {"train": ("total", "cost", "bill", "fee", "gap", "share", "score", "points"), "test": ("amount", "result")}
+
+
+def draw_name(names, rng, split):
+    """A name of the split; in training every other one is made up, so that copying pays and a list of names does not."""
+    if split == "train" and rng.random() < 0.5:
+        return "".join(rng.choice("bcdfghjklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+    return rng.choice(names[split])
+
+
 YES_NO = ("yes", "no")
 
 
@@ -95,7 +104,7 @@ def creative(lang, rng, split):
 
 def coding(lang, rng, split):
     """A Python function of two numbers; scored by what it computes."""
-    formula, name = rng.choice(list(lexicon(lang)["formulas"])), rng.choice(FUNCTIONS[split])
+    formula, name = rng.choice(list(lexicon(lang)["formulas"])), draw_name(FUNCTIONS, rng, split)
     question = ask(lang, rng, split, "function", function=name, formula=lexicon(lang)["formulas"][formula])
     return {"messages": alone(question), "answer": f"def {name}(a, b): return {formula}", "scorer": "code"}
 
@@ -138,7 +147,7 @@ def retrieval(lang, rng, split):
 
 def role_play(lang, rng, split):
     """A persona who closes every answer with a signature."""
-    product, persona = market.draw_product(rng, split), rng.choice(PERSONAS[split])
+    product, persona = market.draw_product(rng, split), draw_name(PERSONAS, rng, split).capitalize()
     kind = rng.choice(("colour", "material", "price", "stock", "city"))
     system = phrase(lexicon(lang)["persona"][split], rng).format(persona=persona)
     messages = about(market.page(product, lang, rng, split), ask(lang, rng, split, kind))

@@ -201,10 +201,10 @@ CONVERSATIONS = {  # training only: one reading of a page or a listing serves ma
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact
 TRAINING = {
-    "page": 16, "listing": 2, "review_understanding": 6, "query_rewriting": 8, "matching": 2, "classification": 1,
-    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 6,
-    "similarity": 1, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 6, "understanding": 3,
-    "reasoning": 4, "creative": 4, "coding": 5, "function_call": 6, "retrieval": 3, "role_play": 3, "platform": 3,
+    "page": 15, "listing": 2, "review_understanding": 6, "query_rewriting": 11, "matching": 2, "classification": 1,
+    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
+    "similarity": 1, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
+    "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
 
 
