@@ -6,18 +6,20 @@ no atomics, so results are deterministic, and both backward passes are the same 
 Every kernel stands beside its eager twin (`*_reference`); dispatch is by device, and
 TRITON_INTERPRET=1 runs the Triton code on a CPU.
 
-Shapes: N tokens, K experts per token, R = N*K copies, E experts, D features.
+Shapes: N tokens, K experts per token, R = N*K copies, E experts, D features in, F features out.
 
     python kernels.py                       # laptop: checks the pair and prints its times
     TRITON_INTERPRET=1 python kernels.py    # the Triton kernels, interpreted
 """
 
+import math
 import os
 import time
 
 import torch
 
 import cli
+from cli import InputError
 
 try:
     import triton
@@ -179,6 +181,194 @@ def permute(x_ND, expert_index_NK, num_experts):
 def unpermute(y_sorted_RD, row_of_NK, weights_NK):
     """y_ND[n] = sum_k weights[n, k] * y_sorted[row_of[n, k]], accumulated in fp32, in y_sorted's dtype."""
     return _Unpermute.apply(y_sorted_RD.contiguous(), row_of_NK, weights_NK.contiguous())
+
+
+# Matrix products with quantised weights. Each takes rows sorted by expert and one weight matrix per expert; a plain linear layer is
+# the case of one expert. Rows are cut into tiles of BM; which expert a tile belongs to is worked out on the device, without waiting for it.
+
+
+def tile_table(counts_E, rows, block):
+    """(expert, first row, number of rows) of each tile, (T, 3) int32. T is an upper bound; tiles past the last have no rows."""
+    counts_E = counts_E.to(torch.int64)
+    tiles_E = (counts_E + block - 1) // block
+    ends_E, row_ends_E = tiles_E.cumsum(0), counts_E.cumsum(0)
+    tile_T = torch.arange(rows // block + len(counts_E), device=counts_E.device)
+    expert_T = torch.searchsorted(ends_E, tile_T, right=True).clamp(max=len(counts_E) - 1)
+    first_T = (row_ends_E - counts_E)[expert_T] + (tile_T - (ends_E - tiles_E)[expert_T]) * block
+    left_T = (row_ends_E[expert_T] - first_T).clamp(0, block)
+    return torch.stack((expert_T, first_T, left_T), 1).to(torch.int32).contiguous()
+
+
+def unpack_int4(qweight):
+    """uint8 (..., in / 2), low nibble first, to integers 0..15 (..., in)."""
+    return torch.stack((qweight & 15, qweight >> 4), -1).flatten(-2)
+
+
+def dequantise_rows(qweight, scales, zeros):
+    """(q - zero) * scale, (..., out, in) in the scales' dtype; scales and zeros (..., out, in / group)."""
+    q = unpack_int4(qweight).to(scales.dtype).unflatten(-1, (scales.shape[-1], -1))
+    return ((q - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E):
+    """Eager twin of `int4_grouped_matmul`: dequantise, then multiply expert by expert."""
+    weight_EFD = dequantise_rows(qweight, scales.float(), zeros.float()).to(x_RD.dtype)
+    return torch.cat([x @ w.T for x, w in zip(x_RD.split(counts_E.tolist()), weight_EFD, strict=True)])
+
+
+FP8_MAX = 448.0  # the largest number of e4m3
+
+
+def quantise_rows(x_RD):
+    """Per-token fp8: (x_fp8_RD e4m3, scale_R fp32), x = x_fp8 * scale. A row of zeros has scale 1."""
+    largest_R = x_RD.detach().abs().amax(-1).float()
+    scale_R = torch.where(largest_R > 0, largest_R / FP8_MAX, 1.0)
+    return (x_RD.float() / scale_R.unsqueeze(-1)).to(torch.float8_e4m3fn), scale_R
+
+
+def fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E):
+    """Eager twin of `fp8_grouped_matmul`: the same rounding, the products in fp32."""
+    x_fp8_RD, scale_R = quantise_rows(x_RD)
+    parts = zip(x_fp8_RD.float().split(counts_E.tolist()), weight_fp8.float(), weight_scale.float(), strict=True)
+    y_RF = torch.cat([x @ w.T * scale for x, w, scale in parts])
+    return (y_RF * scale_R.unsqueeze(-1)).to(x_RD.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def int4_kernel(
+        x, qweight, scales, zeros, out, table, F, D,
+        GROUP: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        """out[tile rows, f] = x @ weight.T; grid (T, F / BF). Weights, dequantised in registers, are the left operand: the tensor cores
+        want at least 64 rows there and take 16 on the right. WIDE: multiply in fp32, for the interpreter, whose bf16 is wrong."""
+        tile = tl.program_id(0)
+        expert = tl.load(table + 3 * tile).to(tl.int64)
+        first, rows = tl.load(table + 3 * tile + 1).to(tl.int64), tl.load(table + 3 * tile + 2)
+        if rows == 0:
+            return
+        m, f = tl.arange(0, BM), tl.program_id(1) * BF + tl.arange(0, BF)
+        channel = expert * F + f
+        x_at = x + (first + m)[:, None] * D + tl.arange(0, BD)[None, :]
+        q_at = qweight + channel[:, None] * (D // 2) + tl.arange(0, BD // 2)[None, :]
+        total = tl.zeros((BF, BM), tl.float32)
+        for d in range(0, D, BD):
+            a_MD = tl.load(x_at + d, mask=m[:, None] < rows, other=0.0)
+            q_FD = tl.load(q_at + d // 2, mask=f[:, None] < F, other=0)
+            scale = tl.load(scales + channel * (D // GROUP) + d // GROUP, mask=f < F, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + channel * (D // GROUP) + d // GROUP, mask=f < F, other=0.0).to(tl.float32)
+            w_FD = (tl.interleave(q_FD & 15, q_FD >> 4).to(tl.float32) - zero[:, None]) * scale[:, None]
+            if WIDE:
+                total += tl.dot(w_FD, tl.trans(a_MD.to(tl.float32)))
+            else:
+                total = tl.dot(w_FD.to(a_MD.dtype), tl.trans(a_MD), total)
+        at = out + (first + m)[:, None] * F + f[None, :]
+        tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=(m[:, None] < rows) & (f[None, :] < F))
+
+    @triton.jit
+    def fp8_kernel(
+        x, x_scale, weight, weight_scale, out, table, F, D,
+        BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        """out[tile rows, f] = (x @ weight.T) * x_scale * weight_scale, fp8 operands, fp32 sums; grid (T, F / BF)."""
+        tile = tl.program_id(0)
+        expert = tl.load(table + 3 * tile).to(tl.int64)
+        first, rows = tl.load(table + 3 * tile + 1).to(tl.int64), tl.load(table + 3 * tile + 2)
+        if rows == 0:
+            return
+        m, f, k = tl.arange(0, BM), tl.program_id(1) * BF + tl.arange(0, BF), tl.arange(0, BD)
+        channel = expert * F + f
+        x_at, w_at = x + (first + m)[:, None] * D + k[None, :], weight + channel[:, None] * D + k[None, :]
+        total = tl.zeros((BF, BM), tl.float32)
+        for d in range(0, D, BD):
+            a_MD = tl.load(x_at + d, mask=(m[:, None] < rows) & (d + k[None, :] < D), other=0.0)
+            w_FD = tl.load(w_at + d, mask=(f[:, None] < F) & (d + k[None, :] < D), other=0.0)
+            if WIDE:
+                total += tl.dot(w_FD.to(tl.float32), tl.trans(a_MD.to(tl.float32)))
+            else:
+                total = tl.dot(w_FD, tl.trans(a_MD), total)
+        total *= tl.load(x_scale + first + m, mask=m < rows, other=0.0)[None, :]
+        total *= tl.load(weight_scale + channel, mask=f < F, other=0.0)[:, None]
+        at = out + (first + m)[:, None] * F + f[None, :]
+        tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=(m[:, None] < rows) & (f[None, :] < F))
+
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+    # By rows per tile: (BF, BD, warps, stages) without spills and within the shared memory of sm_80 (163 kB) and later (227 kB).
+    TILES = {
+        16: ((64, 128, 4, 4), (128, 128, 4, 3)),
+        64: ((64, 64, 4, 4), (128, 64, 8, 4)),
+        128: ((64, 64, 4, 3), (128, 64, 8, 3)),
+    }
+
+    def _tuned(kernel, tiles):
+        configs = [triton.Config({"BF": bf, "BD": bd}, num_warps=warps, num_stages=stages) for bf, bd, warps, stages in tiles]
+        return triton.autotune(configs[:1] if INTERPRETED else configs, ["F", "D"])(kernel)
+
+    tuned_int4 = {bm: _tuned(int4_kernel, tiles) for bm, tiles in TILES.items()}
+    tuned_fp8 = {bm: _tuned(fp8_kernel, tiles) for bm, tiles in TILES.items()}
+
+
+def rows_per_tile(rows, experts):
+    """16 rows where an expert has few tokens (decoding), else 64 or 128."""
+    return 16 if rows <= 16 * experts else 64 if rows <= 256 * experts else 128
+
+
+def int4_grouped_matmul(x_RD, qweight, scales, zeros, counts_E):
+    """W4A16: counts_E[e] rows of x times expert e's weight, transposed -> (R, out) in x's dtype.
+
+    x_RD: fp16, bf16 or fp32, sorted by expert; qweight (E, out, in / 2) uint8, low nibble first; scales, zeros (E, out, in / group).
+    Raises InputError where shapes do not fit or the group is no multiple of 64 (32 and 16 work too, in smaller steps).
+    """
+    (E, F, half), D = qweight.shape, x_RD.shape[1]
+    if 2 * half != D or scales.shape != zeros.shape or scales.shape[:2] != (E, F) or D % scales.shape[2]:
+        raise InputError(f"int4: x {tuple(x_RD.shape)}, qweight {tuple(qweight.shape)}, scales {tuple(scales.shape)} do not fit")
+    if not use_triton(x_RD):
+        return int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E)
+    group, R = D // scales.shape[2], x_RD.shape[0]
+    if group % 16:
+        raise InputError(f"int4: groups of {group} inputs; the kernel needs a multiple of 16")
+    out_RF, bm = x_RD.new_empty(R, F), rows_per_tile(R, E)
+    table = tile_table(counts_E, R, bm)
+    arguments = (x_RD.contiguous(), qweight, scales, zeros, out_RF, table, F, D, group, bm)
+    if group % 128 == 0:
+        tuned_int4[bm][lambda meta: (len(table), triton.cdiv(F, meta["BF"]))](*arguments, WIDE=INTERPRETED)
+    else:  # a step must stay inside a group
+        step = math.gcd(group, 64)
+        int4_kernel[(len(table), triton.cdiv(F, 64))](*arguments, BF=64, BD=step, WIDE=INTERPRETED)
+    return out_RF
+
+
+def fp8_grouped_matmul(x_RD, weight_fp8, weight_scale, counts_E):
+    """W8A8: counts_E[e] rows of x, quantised per token, times expert e's fp8 weight, transposed -> (R, out) in x's dtype.
+
+    weight_fp8 (E, out, in) e4m3; weight_scale (E, out) fp32. The kernel needs sm_89 or later; older GPUs use the eager twin.
+    """
+    (E, F, D), R = weight_fp8.shape, x_RD.shape[0]
+    if x_RD.shape[1] != D or weight_scale.shape != (E, F):
+        raise InputError(f"fp8: x {tuple(x_RD.shape)}, weight {tuple(weight_fp8.shape)}, scale {tuple(weight_scale.shape)} do not fit")
+    if not use_triton(x_RD) or (x_RD.is_cuda and torch.cuda.get_device_capability(x_RD.device) < (8, 9)):
+        return fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E)
+    x_fp8_RD, scale_R = quantise_rows(x_RD)
+    out_RF, bm = x_RD.new_empty(R, F), rows_per_tile(R, E)
+    table = tile_table(counts_E, R, bm)
+    grid = lambda meta: (len(table), triton.cdiv(F, meta["BF"]))  # noqa: E731
+    tuned_fp8[bm][grid](x_fp8_RD, scale_R, weight_fp8, weight_scale, out_RF, table, F, D, bm, WIDE=INTERPRETED)
+    return out_RF
+
+
+def int4_matmul(x, qweight, scales, zeros):
+    """x (..., in) times the transpose of an int4 weight (out, in / 2) with scales and zeros (out, in / group) -> (..., out)."""
+    rows = x.reshape(-1, x.shape[-1])
+    counts = torch.tensor([len(rows)], device=x.device)
+    return int4_grouped_matmul(rows, qweight[None], scales[None], zeros[None], counts).unflatten(0, x.shape[:-1])
+
+
+def fp8_matmul(x, weight_fp8, weight_scale):
+    """x (..., in) times the transpose of an fp8 weight (out, in) with one scale a row (out,) -> (..., out)."""
+    rows = x.reshape(-1, x.shape[-1])
+    counts = torch.tensor([len(rows)], device=x.device)
+    return fp8_grouped_matmul(rows, weight_fp8[None], weight_scale[None], counts).unflatten(0, x.shape[:-1])
 
 
 def main():

@@ -1,13 +1,26 @@
-"""permute/unpermute: by hand, against the eager twins, and the Triton kernels in the interpreter."""
+"""Kernels: by hand, against float64 and the eager twins, interpreted, compiled for three GPUs without one, and their traffic counted."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from kernels import permute, permute_reference, unpermute, unpermute_reference
+import kernels
+from kernels import (
+    fp8_grouped_matmul,
+    fp8_matmul,
+    int4_grouped_matmul,
+    int4_matmul,
+    permute,
+    permute_reference,
+    quantise_rows,
+    tile_table,
+    unpermute,
+    unpermute_reference,
+)  # fmt: skip
 
 CASES = [(7, 5, 4, 2), (1, 8, 3, 3), (33, 17, 8, 1), (64, 130, 6, 4)]  # N, D, E, K
 
@@ -60,12 +73,197 @@ def test_gradcheck():
     torch.autograd.gradcheck(there_and_back, (x, w))
 
 
+COUNTS = [[5, 0, 70, 1], [0, 0, 130], [1], [0, 16, 0]]  # rows of each expert: ragged, empty, hot, one
+
+
+def int4_case(counts, D, F, group, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    E = len(counts)
+    x = torch.randn(sum(counts), D, generator=g).to(dtype)
+    qweight = torch.randint(0, 256, (E, F, D // 2), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(E, F, D // group, generator=g) / 8).to(dtype)
+    zeros = torch.randint(0, 16, (E, F, D // group), generator=g).to(dtype)
+    return x, qweight, scales, zeros, torch.tensor(counts)
+
+
+def int4_exact(x, qweight, scales, zeros, counts):
+    """One weight after the other in float64, written out from the definition of the layout."""
+    rows, start = [], 0
+    for e, count in enumerate(counts.tolist()):
+        w = torch.empty(qweight.shape[1], x.shape[1], dtype=torch.float64)
+        for i in range(x.shape[1]):
+            q = (qweight[e, :, i // 2] >> (4 * (i % 2))) & 15
+            group = i // (x.shape[1] // scales.shape[2])
+            w[:, i] = (q.double() - zeros[e, :, group].double()) * scales[e, :, group].double()
+        rows.append(x[start : start + count].double() @ w.T)
+        start += count
+    return torch.cat(rows)
+
+
+def check_gemms(dtype=torch.float32, tolerance=1e-5):
+    for counts in COUNTS:
+        for D, F, group in ((64, 24, 32), (128, 70, 64), (256, 130, 128)):
+            case = int4_case(counts, D, F, group, dtype)
+            exact = int4_exact(*case)
+            y = int4_grouped_matmul(*case)
+            assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
+            x, counts_E = case[0], case[-1]
+            weight = torch.randn(len(counts), F, D, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+            scale = torch.rand(len(counts), F, generator=torch.Generator().manual_seed(2))
+            x_fp8, x_scale = quantise_rows(x)
+            parts = zip(x_fp8.double().split(counts), weight.double(), scale.double(), strict=True)
+            exact = torch.cat([part @ w.T * s for part, w, s in parts]) * x_scale.double().unsqueeze(-1)
+            y = fp8_grouped_matmul(x, weight, scale, counts_E)
+            assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_quantised_products_equal_float64(dtype, tolerance):
+    check_gemms(dtype, tolerance)
+
+
+def test_plain_linear_is_the_case_of_one_expert():
+    x, qweight, scales, zeros, counts = int4_case([6], 64, 10, 32, torch.float32)
+    both = int4_matmul(x.view(2, 3, 64), qweight[0], scales[0], zeros[0])
+    assert both.shape == (2, 3, 10) and torch.equal(both.view(6, 10), int4_grouped_matmul(x, qweight, scales, zeros, counts))
+    weight, scale = torch.randn(10, 64).to(torch.float8_e4m3fn), torch.rand(10)
+    y = fp8_matmul(x, weight, scale)
+    torch.testing.assert_close(y, x @ (weight.float() * scale[:, None]).T, rtol=0.1, atol=0.1 * y.abs().max().item())
+
+
+def test_quantised_rows():
+    x = torch.randn(5, 64) * torch.tensor([1e-6, 1.0, 1e6, 0.0, 3.0])[:, None]
+    x_fp8, scale = quantise_rows(x)
+    back = x_fp8.float() * scale[:, None]
+    assert ((back - x).abs() <= x.abs() / 16 + scale[:, None] * 2**-9).all() and scale[3] == 1  # 3 bits of mantissa
+    assert x_fp8.float().abs().amax(-1)[:3].tolist() == [448.0] * 3
+
+
+def test_tiles_cover_every_row_once():
+    for counts in COUNTS:
+        table = tile_table(torch.tensor(counts), sum(counts), 16)
+        rows = [(e, r) for e, first, n in table.tolist() for r in range(first, first + n)]
+        assert rows == [(e, r) for r, e in enumerate(e for e, n in enumerate(counts) for _ in range(n))]
+
+
+def test_what_does_not_fit_is_named():
+    x, qweight, scales, zeros, counts = int4_case([6], 64, 10, 32, torch.float32)
+    with pytest.raises(ValueError, match=r"int4: x \(6, 32\), qweight \(1, 10, 32\)"):
+        int4_grouped_matmul(x[:, :32], qweight, scales, zeros, counts)
+    with pytest.raises(ValueError, match=r"fp8: x \(6, 64\), weight \(1, 10, 32\)"):
+        fp8_grouped_matmul(x, torch.zeros(1, 10, 32).to(torch.float8_e4m3fn), torch.ones(1, 10), counts)
+
+
+def interpreted(code):
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 def test_triton_in_the_interpreter():
     code = (
         "import torch, kernels, tests.test_kernels as t\n"
         "assert kernels.use_triton(torch.zeros(1))\n"
         "t.check(torch.float32, 1e-5); t.check(torch.bfloat16, 5e-2); print('interpreted')"
     )
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert result.stdout.strip() == "interpreted", result.stderr
+    assert interpreted(code) == "interpreted"
+
+
+def test_triton_gemms_in_the_interpreter():
+    code = (
+        "import torch, kernels, tests.test_kernels as t\n"
+        "t.check_gemms(torch.float32, 1e-5); t.check_gemms(torch.bfloat16, 2e-2); print('interpreted')"
+    )
+    assert interpreted(code) == "interpreted"
+
+
+def test_traffic_is_the_minimum():
+    """Elements that the interpreted kernels load and store, counted; at least: x once and its R copies; the copies and y once."""
+    code = """
+import sys
+import numpy as np, torch, triton, kernels
+from triton.runtime import interpreter
+from tests.test_kernels import routing
+
+moved = [0, 0]
+def counting(name, slot):
+    plain = getattr(interpreter.InterpreterBuilder, name)
+    def counted(self, ptrs, *rest):
+        mask = rest[0] if slot == 0 else rest[1]
+        width = ptrs.dtype.element_ty.primitive_bitwidth // 8
+        moved[slot] += int(np.sum(mask.data)) * width
+        return plain(self, ptrs, *rest)
+    setattr(interpreter.InterpreterBuilder, name, counted)
+counting("create_masked_load", 0)
+counting("create_masked_store", 1)
+N, D, E, K = 64, 256, 8, 4
+x, w = torch.randn(N, D), torch.rand(N, K)
+x_sorted, row_of, counts = kernels.permute(x, routing(N, E, K), E)
+least = 4 * (N * D + N * K * D)
+print(sum(moved) / least)
+moved[:] = [0, 0]
+kernels.unpermute(x_sorted, row_of, w)
+print(sum(moved) / least)
+"""
+    there, back = map(float, interpreted(code).split())
+    assert 1.0 <= there <= 1.1 and 1.0 <= back <= 1.1
+
+
+BIN = os.path.join(os.path.dirname(kernels.triton.__file__), "backends", "nvidia", "bin")
+
+
+def compiled(kernel, types, constants, arch, **options):
+    """(resource usage, machine code) of a kernel compiled for a GPU that need not be there."""
+    import tempfile
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (name, t) in enumerate(signature.items()) if t[0] == "*" or name in "DF"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    binary = kernels.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool, flags = os.path.join(BIN, "cuobjdump"), ("--dump-resource-usage", "-sass")
+        return [subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout for flag in flags]
+
+
+def no_spills(usage):
+    return "STACK:0 " in usage and "LOCAL:0 " in usage
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_permute_compiles_to_wide_accesses(arch):
+    rows = dict.fromkeys(("x", "y", "g", "dy", "out"), "*bf16") | {"dw": "*fp32", "row_of": "*i64", "weights": "*fp32", "D": "i32"}
+    for kernel, constants in (
+        (kernels.scatter_kernel, {"K": 4, "BLOCK": 1024}),
+        (kernels.gather_kernel, {"K": 4, "WEIGHTED": True, "BLOCK": 1024}),
+        (kernels.gather_backward_kernel, {"K": 4, "BLOCK": 4096}),
+    ):
+        usage, code = compiled(kernel, rows, constants, arch)
+        assert no_spills(usage), usage
+        assert re.search(r"LDG\.E(\.\w+)*\.128", code) and re.search(r"STG\.E(\.\w+)*\.128", code), kernel
+
+
+SIZES = {"out": "*bf16", "table": "*i32", "F": "i32", "D": "i32"}
+INT4 = {"x": "*bf16", "qweight": "*u8", "scales": "*bf16", "zeros": "*bf16", **SIZES}
+FP8 = {"x": "*fp8e4nv", "x_scale": "*fp32", "weight": "*fp8e4nv", "weight_scale": "*fp32", **SIZES}
+
+
+@pytest.mark.parametrize("arch,int4,fp8", [(80, r"\bHMMA", None), (90, r"\bHGMMA", r"\bQGMMA"), (100, r"\bUTCHMMA", r"\bUTCQMMA")])
+def test_gemms_use_the_tensor_cores(arch, int4, fp8):
+    """Every tile that the tuner may choose: no spill, 16-byte copies to shared memory or TMA, the tensor-core instruction."""
+    for bm in (16, 128):
+        for bf, bd, warps, stages in kernels.TILES[bm]:
+            kinds = [(kernels.int4_kernel, INT4, {"GROUP": 128}, int4)]
+            if fp8:
+                kinds.append((kernels.fp8_kernel, FP8, {}, fp8))
+            for kernel, types, more, instruction in kinds:
+                constants = {**more, "BM": bm, "BF": bf, "BD": bd, "WIDE": False}
+                usage, code = compiled(kernel, types, constants, arch, num_warps=warps, num_stages=stages)
+                assert no_spills(usage), (kernel, bm, bf, usage)
+                assert re.search(instruction, code), (kernel, bm, bf)
+                assert re.search(r"LDGSTS\.E(\.\w+)*\.128|UTMALDG", code), (kernel, bm, bf)

@@ -1,0 +1,144 @@
+"""The report's claims about its mixture of experts, tried on `tiny`: held-out loss, balance and time of siblings trained alike.
+
+    shape   fine-grained with and without shared experts, coarse, dense: equal active width (v2 §2.2)
+    losses  aux and z loss on, off and decayed: load entropy (1 is even), busiest expert, size of the router's logits
+    grid    experts {4, 8, 16, 32} x top-k {1, 2, 4} of the same expert width
+    v3      tiny against tiny_v3, few large experts: same total and active size (v3's claim is time)
+
+Every arm trains STEPS steps on the embedded marketplace with three seeds (initialisation and data order) and is measured on held-out
+documents, bits per byte averaged over the languages. Router flips: the share of tokens whose set of experts changes
+when a trained router computes in bf16. Finished runs are kept in benchmarks/results/experts.jsonl and not repeated.
+
+    python -m benchmarks.experts      # 66 runs, about 35 minutes on two cores
+"""
+
+import dataclasses
+import json
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import cli
+from benchmarks.vocabulary import RESULTS
+from compass import CONFIGS, Compass
+from data import market
+from evaluate import bits_per_byte
+from tokenizer import train as train_tokenizer
+from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
+
+STEPS, SEEDS = 200, 3
+LOG = os.path.join(RESULTS, "experts.jsonl")
+
+
+def arms():
+    """{(experiment, arm): (config, router schedule)}; the schedule scales alpha and beta from the first to the last step."""
+    tiny, still = CONFIGS["tiny"], (1.0, 1.0)
+
+    def like(**changes):
+        return dataclasses.replace(tiny, **changes)
+
+    made = {
+        ("shape", "fine-grained, 16 of 64 top-4 + 2 shared"): (tiny, still),
+        ("shape", "fine-grained, 18 of 64 top-6"): (like(n_experts=18, top_k=6, n_shared=0), still),
+        ("shape", "coarse, 6 of 192 top-2"): (like(n_experts=6, top_k=2, n_shared=0, expert_dim=192), still),
+        ("shape", "dense, 384"): (like(n_experts=1, top_k=1, n_shared=0, expert_dim=384), still),
+        ("losses", "neither"): (like(aux_weight=0.0, z_weight=0.0), still),
+        ("losses", "aux only"): (like(z_weight=0.0), still),
+        ("losses", "z only"): (like(aux_weight=0.0), still),
+        ("losses", "aux and z, decayed to a tenth"): (tiny, (1.0, 0.1)),
+        ("v3", "tiny_v3 without MTP"): (dataclasses.replace(CONFIGS["tiny_v3"], mtp_depth=0), still),
+    }
+    for E in (4, 8, 16, 32):
+        for K in (1, 2, 4):
+            if (E, K) != (16, 4):  # that is tiny itself
+                made["grid", f"{E} experts, top-{K}"] = (like(n_experts=E, top_k=K), still)
+    return made
+
+
+def flips(model, tokens_BT):
+    """Share of (token, layer) whose set of experts changes when the router's input and weights are rounded to bf16."""
+    changed = []
+
+    def look(router_layer, inputs, outputs):
+        x_ND = inputs[0].reshape(-1, inputs[0].shape[-1])
+        rounded_NE = F.linear(x_ND.bfloat16(), router_layer.router.weight.bfloat16())
+        both = [index.sort(-1).values for index in (outputs[2], rounded_NE.softmax(-1).topk(router_layer.top_k).indices)]
+        changed.append((both[0] != both[1]).any(-1).float().mean().item())
+
+    hooks = [block.feed_forward.register_forward_hook(look) for block in model.blocks]
+    with torch.no_grad():
+        model(tokens_BT)
+    for hook in hooks:
+        hook.remove()
+    return float(np.mean(changed))
+
+
+def run(config, router, tokenised, tokenizer, held, seed):
+    """Train one arm with one seed; its figures as a dict."""
+    recipe = RECIPES["tiny"]["general"]
+    schedule = recipe.schedule._replace(steps=STEPS, router=router)
+    torch.manual_seed(seed)
+    model = Compass(config)
+    batches = TokenRows(tokenised, recipe.seq_len, seed).batches(recipe.rows, recipe.micro_rows)
+    optimizer, seconds, last = make_optimizer(model), [], []
+    for step in tqdm(range(STEPS), leave=False):
+        first, final = schedule.router
+        model.router_scale = first + (final - first) * step / max(1, STEPS - 1)
+        batch, began = batches(step), time.perf_counter()
+        *_, metrics = _train_step(model, optimizer, batch, language_model_loss, lr_at(step, schedule), torch.device("cpu"))
+        seconds.append(time.perf_counter() - began)
+        last = (last + [metrics])[-20:]
+    model.eval()
+    load_LE = np.mean([m["load"] for m in last], axis=0)
+    entropy = -(load_LE * np.log(load_LE.clip(1e-12))).sum(1) / np.log(max(2, load_LE.shape[1]))
+    return {
+        "bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values()))), "ms": 1e3 * float(np.median(seconds)),
+        "entropy": float(entropy.mean()), "busiest": float((load_LE * load_LE.shape[1]).max()),
+        "logits": float(np.mean([m["z"] for m in last]) ** 0.5), "flips": flips(model, batches(0)[0]["tokens"]),
+    }  # fmt: skip
+
+
+def summary(runs):
+    """{experiment: {arm: {figure: [mean, spread]}}}, differences in bits paired by seed with tiny."""
+    base = {r["seed"]: r["bits"] for r in runs if r["arm"].startswith("fine-grained, 16")}
+    table = {}
+    for experiment, arm in dict.fromkeys((r["experiment"], r["arm"]) for r in runs):
+        mine = [r for r in runs if (r["experiment"], r["arm"]) == (experiment, arm)]
+        figures = {name: [r[name] for r in mine] for name in ("bits", "ms", "entropy", "busiest", "logits", "flips")}
+        figures["bits against tiny"] = [r["bits"] - base[r["seed"]] for r in mine]
+        spread = {name: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0] for name, v in figures.items()}
+        table.setdefault(experiment, {})[arm] = spread
+    return table
+
+
+def main():
+    cli.parse(__doc__)
+    documents = list(market.documents("general", 0, per_language=800))
+    held = list(market.documents("general", 0, "test", per_language=40))
+    tokenizer = train_tokenizer(documents, CONFIGS["tiny"].vocab_size)
+    tokenised, runs = Tokenised(documents, tokenizer), []
+    if os.path.exists(LOG):
+        with open(LOG) as file:
+            runs = [json.loads(line) for line in file]
+    done = {(r["experiment"], r["arm"], r["seed"]) for r in runs}
+    for seed in range(SEEDS):
+        for (experiment, arm), (config, router) in arms().items():
+            if (experiment, arm, seed) not in done:
+                runs.append({"experiment": experiment, "arm": arm, "seed": seed, **run(config, router, tokenised, tokenizer, held, seed)})
+                print(json.dumps(runs[-1]), flush=True)
+                with open(LOG, "a") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+    table = summary(runs)
+    with open(os.path.join(RESULTS, "experts.json"), "w") as file:
+        json.dump(table, file, indent=1)
+    for experiment, rows in table.items():
+        for arm, figures in rows.items():
+            print(f"{experiment:7} {arm:42} " + "  ".join(f"{name} {m:.3f}±{s:.3f}" for name, (m, s) in figures.items()))
+
+
+if __name__ == "__main__":
+    cli.run(main)
