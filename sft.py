@@ -25,7 +25,7 @@ from train import Schedule, assemble, finished, fit, language_model_loss
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
     "sft1": ("long", Schedule(3400, 3e-3, 1e-4, 30, (0.1, 0.1))),
-    "sft2": ("sft1", Schedule(1000, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
+    "sft2": ("sft1", Schedule(1400, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
 }
 PER_LANGUAGE = 7000  # embedded training tasks
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
@@ -98,7 +98,7 @@ def chat_of(task, thinking):
 
 def curriculum(stage, examples, seed):
     """[(task, thinking), …] of a stage: sft1 answers directly what needs no thought; sft2 adds reasoning with its
-    thought, and as many of everything, direct, so that nothing is forgotten and the switch is learnt. Where nothing
+    thought, and twice as many of everything, direct, so that nothing is forgotten and the switch is learnt. Where nothing
     has a thought, sft2 goes over everything once more."""
     reasoning = [task for task in examples if "think" in task]
     if stage == "sft1":
@@ -107,7 +107,7 @@ def curriculum(stage, examples, seed):
         if len(reasoning) == len(examples):
             raise InputError("sft1 needs tasks without a thought; all of these have one")
         return [(task, False) for task in examples if "think" not in task]
-    resampled = random.Random(f"sft2-{seed}").sample(examples, k=len(reasoning) or len(examples))
+    resampled = random.Random(f"sft2-{seed}").sample(examples, k=min(len(examples), 2 * len(reasoning) or len(examples)))
     return [(task, True) for task in reasoning] + [(task, False) for task in resampled]
 
 

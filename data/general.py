@@ -6,6 +6,7 @@ split between the training and the test world. Facts (which country a city is in
 """
 
 import json
+import keyword
 import random
 
 from data import market
@@ -28,10 +29,14 @@ FUNCTIONS = {"train": ("total", "cost", "bill", "fee", "gap", "share", "score", 
 
 
 def draw_name(names, rng, split):
-    """A name of the split; in training every other one is made up, so that copying pays and a list of names does not."""
-    if split == "train" and rng.random() < 0.5:
-        return "".join(rng.choice("bcdfghjklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
-    return rng.choice(names[split])
+    """A name of the split; in training most are made up, so that copying pays and learning a list of names does not."""
+    if split == "test" or rng.random() < 0.3:
+        return rng.choice(names[split])
+    starts, ends = ("", *"bcdfghjklmnprstvwyz", "ch", "st", "tr", "th"), ("", "", *"nrlstm", "ng", "nt")
+    while True:
+        name = "".join(rng.choice(starts) + rng.choice("aeiou") + rng.choice(ends) for _ in range(rng.randint(1, 3)))
+        if len(name) > 2 and not keyword.iskeyword(name) and not {name, name.capitalize()} & set(names["test"]):
+            return name
 
 
 YES_NO = ("yes", "no")
