@@ -9,7 +9,7 @@ Every arm trains STEPS steps on the embedded marketplace with three seeds (initi
 documents, bits per byte averaged over the languages. Router flips: the share of tokens whose set of experts changes
 when a trained router computes in bf16. Finished runs are kept in benchmarks/results/experts.jsonl and not repeated.
 
-    python -m benchmarks.experts      # 66 runs, about 35 minutes on two cores
+    python -m benchmarks.experts      # 60 runs, about 30 minutes on two cores
 """
 
 import dataclasses
@@ -125,8 +125,8 @@ def main():
         with open(LOG) as file:
             runs = [json.loads(line) for line in file]
     done = {(r["experiment"], r["arm"], r["seed"]) for r in runs}
-    for seed in range(SEEDS):
-        for (experiment, arm), (config, router) in arms().items():
+    for (experiment, arm), (config, router) in arms().items():
+        for seed in range(SEEDS):
             if (experiment, arm, seed) not in done:
                 runs.append({"experiment": experiment, "arm": arm, "seed": seed, **run(config, router, tokenised, tokenizer, held, seed)})
                 print(json.dumps(runs[-1]), flush=True)

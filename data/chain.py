@@ -72,10 +72,10 @@ def _process(step, job):
 
 
 def claim(out, settings):
-    """Make the output folder of a step; one that holds the output of another step, settings or input is an error."""
+    """Make the output folder of a step; one that holds finished files of another step, settings or input is an error."""
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
+    if os.path.exists(path) and any(name.endswith((".jsonl", ".ends")) for name in os.listdir(out)):
         with open(path, encoding="utf-8") as file:
             if json.load(file) != settings:
                 raise InputError(f"{out}: holds the output of another step, other settings or other input; choose another folder")

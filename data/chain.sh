@@ -4,7 +4,7 @@
 #   KEEP=3 bash data/chain.sh crawl corpus     up to three copies of a repeated good document stay
 # Killed in the middle, it goes on where it was. Then: python -m data.shards --data corpus/6-resample --out shards --run RUN
 set -euo pipefail
-IN=$1 OUT=$2 NUMBER=0
+IN=${1:?usage: bash data/chain.sh CRAWL OUT} OUT=${2:?usage: bash data/chain.sh CRAWL OUT} NUMBER=0
 for STEP in extract langid filter quality dedup resample; do
   NUMBER=$((NUMBER + 1))
   python -m data.chain --step $STEP --data "$IN" --out "$OUT/$NUMBER-$STEP" --keep "${KEEP:-1}"

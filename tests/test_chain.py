@@ -190,6 +190,9 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, script, name, content, 
     result = script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "in", "--out", tmp_path / "out")
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not [f for f in (os.listdir(tmp_path / "out") if (tmp_path / "out").exists() else []) if f.endswith(".jsonl")]
+    os.remove(tmp_path / "in" / name)  # mended, the same command works
+    (tmp_path / "in" / "good.txt").write_text("a good text")
+    assert script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "in", "--out", tmp_path / "out").returncode == 0
 
 
 def test_an_output_folder_belongs_to_one_step(tmp_path, script):

@@ -1,6 +1,7 @@
 """data/: the two worlds are apart, scorers accept references and refuse mutations, everything is a function of the seed."""
 
 import math
+import os
 import random
 import re
 from itertools import islice
@@ -127,6 +128,20 @@ def test_near_duplicates_and_dense_regions_shrink():
     chosen, report = selection.select(doubled, 0.3)
     assert report["unique"] <= len(made) and len(chosen) == report["chosen"] <= 0.5 * len(doubled)
     assert {task["task"] for task in chosen} == set(TASKS) and selection.select(doubled, 0.3)[0] == chosen
+
+
+def test_every_maker_writes_what_it_promises(tmp_path, script):
+    both = {"train.jsonl", "test.jsonl"}
+    for module, names in (("tasks", both), ("preferences", both), ("noise", {"en.jsonl", "zh.jsonl"})):
+        result = script("-m", f"data.{module}", "--out", tmp_path / module)
+        assert result.returncode == 0 and names <= set(os.listdir(tmp_path / module)), result.stderr
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(open(tmp_path / "tasks" / "test.jsonl", encoding="utf-8").readlines()[::4]), encoding="utf-8")
+    command = ("-m", "data.selection", "--data", few, "--out", tmp_path / "chosen.jsonl")
+    assert script(*command).returncode == 0
+    assert 0 < len(open(tmp_path / "chosen.jsonl", encoding="utf-8").readlines()) < len(open(few, encoding="utf-8").readlines())
+    result = script(*command, "--keep", 1.5)
+    assert result.returncode == 2 and "--keep is 1.5" in result.stderr
 
 
 def test_clusters_of_points_on_a_circle():

@@ -62,8 +62,10 @@ def test_curriculum_switches_thinking_with_the_stage():
     examples = tasks("train", 0, 3)
     assert not any(thinking or "think" in task for task, thinking in curriculum("sft1", examples, 0))
     second = curriculum("sft2", examples, 0)
-    assert {task["task"] for task, thinking in second if thinking} == {"numerical_reasoning", "mathematics"}
-    assert sum(not thinking for _, thinking in second) == 48  # as many as thoughts
+    reasoning = [task for task in examples if "think" in task]
+    assert {t["task"] for t, thinking in second if thinking} == {"numerical_reasoning", "mathematics", "reasoning", "platform"}
+    assert [t for t, thinking in second if thinking] == reasoning
+    assert sum(not thinking for _, thinking in second) == 2 * len(reasoning)
 
 
 def test_tasks_without_any_thought_are_tuned_in_both_stages():
@@ -75,7 +77,7 @@ def test_tasks_without_any_thought_are_tuned_in_both_stages():
 def test_sft1_says_what_it_leaves_to_sft2(capsys):
     reasoning = [task for task in tasks("train", 0, 1) if "think" in task]
     curriculum("sft1", tasks("train", 0, 1), 0)
-    assert f"{len(reasoning)} of 80 tasks have a thought" in capsys.readouterr().out
+    assert f"{len(reasoning)} of 184 tasks have a thought" in capsys.readouterr().out
     with pytest.raises(ValueError, match="without a thought"):
         curriculum("sft1", reasoning, 0)
 

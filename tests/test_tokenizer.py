@@ -14,7 +14,9 @@ from tokenizer import (
     bpe,
     characters,
     merge_vocabularies,
+    parse_split,
     to_bytes,
+    train,
     train_bpe,
 )  # fmt: skip
 
@@ -129,3 +131,13 @@ def test_save_load_and_torn_files(tokenizer, tmp_path):
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match="tokenizer.tiktoken"):
         Tokenizer.load(str(tmp_path))
+
+
+def test_the_split_of_the_vocabulary(documents):
+    both = [{"text": text, "lang": lang} for text in documents for lang in ("en", "zh")]
+    sizes = {split: len(train(both, 900, split).ranks) for split in ((150, 20, 50), (60, 20, 20))}
+    assert sizes[60, 20, 20] < sizes[150, 20, 50] <= 900 - len(SPECIAL_TOKENS)
+    assert parse_split("120/60/50") == (120, 60, 50)
+    for wrong in ("1/2", "a/b/c", "150/0/50", "-1/2/3"):
+        with pytest.raises(ValueError, match="--split"):
+            parse_split(wrong)
