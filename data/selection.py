@@ -21,7 +21,7 @@ from data import dedup
 from data.reader import read_jsonl
 
 BUCKETS, D = 1 << 14, 32
-RADIUS, LEAST = 0.35, 8  # DBSCAN: cosine distance of neighbours, and how many make a dense point
+RADIUS, LEAST = 0.1, 8  # DBSCAN: cosine distance of neighbours, and how many make a dense point
 
 
 def text_of(task):
