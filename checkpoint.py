@@ -74,6 +74,13 @@ def load_checkpoint(path, device="cpu"):
     return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
 
 
+def checksum(path):
+    """The checksum a checkpoint ends with, as text: equal for equal weights and training state."""
+    with open(path, "rb") as file:
+        file.seek(-32, os.SEEK_END)
+        return file.read().hex()
+
+
 def checkpoints(run, stage):
     """Paths of a stage's checkpoints, newest first."""
     found = glob.glob(os.path.join(glob.escape(run), stage, "step_*.pt"))

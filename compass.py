@@ -78,7 +78,10 @@ def config_named(name):
 
 
 class Losses(NamedTuple):
-    """total = lm + alpha aux + beta z + mtp_weight mtp, all scalars; load_LE is each expert's share of assignments."""
+    """total = lm + alpha aux + beta z + mtp_weight mtp, all scalars; load_LE is each expert's share of assignments.
+
+    nll_BT is each target's own loss in nats, without gradient, 0 where its weight is 0.
+    """
 
     total: torch.Tensor
     lm: torch.Tensor
@@ -86,19 +89,20 @@ class Losses(NamedTuple):
     z: torch.Tensor
     mtp: torch.Tensor
     load_LE: torch.Tensor
+    nll_BT: torch.Tensor
 
 
 def rope_table(positions_BT, head_dim, base):
-    """cos and sin, each (B, 1, T, C/2), of position * base^(-2i/C) in fp32."""
+    """cos and sin, each (B, T, 1, C/2), of position * base^(-2i/C) in fp32."""
     i = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
-    angles = positions_BT.unsqueeze(1).unsqueeze(-1).float() * base ** (-i / head_dim)
+    angles = positions_BT[:, :, None, None].float() * base ** (-i / head_dim)
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_BHTC, cos, sin):
+def apply_rope(x_BTHC, cos, sin):
     """Rotate the pairs (x_i, x_{i+C/2}) by their angles; scores then depend on distance only."""
-    a, b = x_BHTC.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTC.dtype)
+    a, b = x_BTHC.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHC.dtype)
 
 
 def document_mask(doc_ids_BT):
@@ -143,9 +147,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, rope, mask, cache=None, layer=None):
         B, T, _ = x_BTD.shape
-        heads = self.qkv(x_BTD).view(B, T, self.H + 2 * self.G, self.C).transpose(1, 2)
-        q_BHTC, k_BGTC, v_BGTC = heads.split((self.H, self.G, self.G), dim=1)
-        q_BHTC, k_BGTC = apply_rope(q_BHTC, *rope), apply_rope(k_BGTC, *rope)
+        qk, v = self.qkv(x_BTD).view(B, T, self.H + 2 * self.G, self.C).split((self.H + self.G, self.G), dim=2)
+        q_BHTC, k_BGTC = apply_rope(qk, *rope).transpose(1, 2).split((self.H, self.G), dim=1)
+        v_BGTC = v.transpose(1, 2)
         if cache is not None:
             k_BGTC, v_BGTC = cache.update(layer, k_BGTC, v_BGTC)
         if isinstance(mask, BlockMask):
@@ -193,11 +197,11 @@ class MTPBlock(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_n w_n * -log softmax(h_n W^T)[target_n], a chunk of rows at a time; gradients are made in the forward."""
+    """sum_n w_n nll_n and nll_N, nll_n = -log softmax(h_n W^T)[target_n], a chunk of rows at a time; gradients are made in the forward."""
 
     @staticmethod
     def forward(ctx, h_ND, head_VD, target_N, weight_N, rows):
-        loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        nll_N = torch.empty_like(weight_N)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dh_ND = torch.empty_like(h_ND) if needs_grad else None
         dhead_VD = torch.zeros_like(head_VD) if needs_grad else None
@@ -207,7 +211,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             picked = probs.gather(1, target.unsqueeze(1)).squeeze(1)
             largest = probs.amax(1)
             sums = probs.sub_(largest.unsqueeze(1)).exp_().sum(1)
-            loss += ((sums.log() + largest - picked) * weight).sum()
+            nll_N[start : start + rows] = sums.log() + largest - picked
             if needs_grad:  # d loss / d logits = w (softmax - onehot)
                 probs.div_(sums.unsqueeze(1))
                 probs.scatter_add_(1, target.unsqueeze(1), probs.new_full((len(h), 1), -1.0))
@@ -215,20 +219,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dh_ND[start : start + rows] = grad @ head_VD.to(h.dtype)
                 dhead_VD.addmm_(grad.T.to(head_VD.dtype), h.to(head_VD.dtype))
         ctx.save_for_backward(dh_ND, dhead_VD)
-        return loss
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * weight_N).sum(), nll_N
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         dh_ND, dhead_VD = ctx.saved_tensors
         return dh_ND * grad.to(dh_ND.dtype), dhead_VD * grad, None, None, None
 
 
 def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=512):
-    """Weighted mean cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head."""
+    """(weighted mean, nll_N) of the cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head."""
     use_N = weight_N > 0
-    h_ND, target_N, weight_N = h_ND[use_N], target_N[use_N], weight_N[use_N].float()
-    total = weight_N.sum().clamp_min(1e-9)
-    return _ChunkedCrossEntropy.apply(h_ND, head_VD, target_N, weight_N, rows) / total
+    used_N = weight_N[use_N].float()
+    loss, used_nll_N = _ChunkedCrossEntropy.apply(h_ND[use_N], head_VD, target_N[use_N], used_N, rows)
+    nll_N = torch.zeros_like(weight_N, dtype=torch.float32)
+    nll_N[use_N] = used_nll_N
+    return loss / used_N.sum().clamp_min(1e-9), nll_N
 
 
 class Compass(nn.Module):
@@ -278,12 +285,12 @@ class Compass(nn.Module):
         h_BTD, routing, rope, mask = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT)
         valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if doc_ids_BT is None else doc_ids_BT >= 0
         weights_BT = valid_BT.float() if weights_BT is None else weights_BT * valid_BT
-        lm = self._cross_entropy(h_BTD, targets_BT, weights_BT)
+        lm, nll_N = self._cross_entropy(h_BTD, targets_BT, weights_BT)
         aux, z, load_LE = self._router_losses(routing, valid_BT.reshape(-1))
         mtp = self._mtp_loss(h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask)
         c = self.config
         total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + c.mtp_weight * mtp
-        return Losses(total, lm, aux, z, mtp, load_LE)
+        return Losses(total, lm, aux, z, mtp, load_LE, nll_N.view_as(tokens_BT))
 
     def _cross_entropy(self, h_BTD, targets_BT, weights_BT):
         h_ND = self.norm(h_BTD).flatten(0, 1)
@@ -310,7 +317,7 @@ class Compass(nn.Module):
             weights[:, -k:] = 0
             if doc_ids_BT is not None:
                 weights = weights * (doc_ids_BT == doc_ids_BT.roll(-k, 1))
-            losses.append(self._cross_entropy(h_BTD, targets_BT.roll(-k, 1), weights))
+            losses.append(self._cross_entropy(h_BTD, targets_BT.roll(-k, 1), weights)[0])
         return torch.stack(losses).sum() / max(1, len(self.mtp))
 
 

@@ -1,34 +1,91 @@
-"""Evaluation and the report: loss, bits per byte, task accuracy beside three baselines, plots (v2 §5).
+"""Evaluation and the report: loss, bits per byte, task accuracy beside three baselines, retrieval from long texts, plots (v2 §5).
 
 Accuracy is generative: the model answers greedily and a scorer of data/scorers.py compares with the
 reference. It stands beside three baselines that know nothing: the most frequent training answer,
-a word copied from the prompt by rule, and the model itself with the product text cut away.
+a word copied from the prompt by rule, and the model itself with the product text cut away. Tasks with choices are also
+scored by the likelihood of each choice. Answers are kept in <run>/answers.jsonl: a killed evaluation goes on.
 
     python evaluate.py                                          # report of runs/demo
-    python evaluate.py --tasks 50 --run runs/small --device cuda   # more tasks, narrower error
+    python evaluate.py --tasks mine.jsonl                       # your own tasks (data/reader.py says what a line holds)
+    python evaluate.py --tasks 50 --samples 8 --run runs/small --device cuda   # more tasks, and Best-of-8
 """
 
+import functools
+import hashlib
+import itertools
 import json
 import os
+import random
 import re
 from collections import Counter, defaultdict
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import STAGES, checkpoints, latest_stage, read_metrics, write_atomically
+from checkpoint import STAGES, checkpoints, checksum, latest_stage, read_metrics
 from data import reader
+from data.market import LANGUAGES
+from data.needles import line_retrieval, needle
 from data.scorers import SCORERS
 from data.tasks import ECOMMERCE, fingerprint, tasks
-from generate import GREEDY, generate, load_for_inference, split_thought
+from generate import GREEDY, Sampling, generate, load_for_inference, split_thought
+from report import plot_accuracy, plot_load, plot_losses, plot_needles, stage_losses, write_report
 
 BASE = "long"  # the last pre-training stage answers plain text, not chats
+
+
+@torch.inference_mode()
+def score_continuations(model, tokenizer, pairs, rows=16):
+    """[(log-probability in nats, whether greedy decoding would give it), …] of (prompt, continuation) pairs of token ids."""
+    device, results = next(model.parameters()).device, [None] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        batch = [[*pairs[i][0], *pairs[i][1]] for i in chosen]
+        width = max(map(len, batch))  # what pads a row stands after its tokens, where causal attention does not look
+        tokens_BT = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=device)
+        h_BTD = model.norm(model.hidden(tokens_BT)[0])
+        for i, h_TD, ids in zip(chosen, h_BTD, batch, strict=True):
+            answer_A = torch.tensor(pairs[i][1], device=device)
+            logits_AV = model.head(h_TD[len(pairs[i][0]) - 1 : len(ids) - 1]).float()[:, : tokenizer.n_vocab]
+            logp_A = logits_AV.log_softmax(-1).gather(1, answer_A.unsqueeze(1))
+            results[i] = (logp_A.sum().item(), bool((logits_AV.argmax(1) == answer_A).all()))
+    return results
+
+
+def multiple_choice(model, tokenizer, tasks):
+    """{task: (raw, normalised, n)}: share of tasks with choices whose answer has the largest log-probability, summed or per byte."""
+    tasks = [task for task in tasks if "choices" in task]
+    pairs, end = [], tokenizer.special["<|end|>"]
+    for task in tasks:
+        prompt = tokenizer.encode_chat(task["messages"])[0]
+        pairs += [(prompt, [*tokenizer.encode(" " + choice), end]) for choice in task["choices"]]
+    scores, hits = iter(score_continuations(model, tokenizer, pairs)), defaultdict(list)
+    for task in tasks:
+        choices = task["choices"]
+        logp = [next(scores)[0] for _ in choices]
+        per_byte = [value / len(choice.encode()) for value, choice in zip(logp, choices, strict=True)]
+        hits[task["task"]].append([choices[int(np.argmax(values))] == task["answer"] for values in (logp, per_byte)])
+    return {name: (*np.mean(values, axis=0).tolist(), len(values)) for name, values in hits.items()}
+
+
+DEPTHS, NEEDLES = (0.0, 0.25, 0.5, 0.75, 1.0), 8  # where needles are hidden, how many a cell
+
+
+def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES):
+    """(needles[length][depth], lines[length]): shares of needles found greedily in texts of so many tokens (data/needles.py)."""
+    rng, langs = random.Random(f"needles-{seed}"), itertools.cycle(LANGUAGES)
+    cells = [(length, depth) for length in lengths for depth in (*DEPTHS, None)]
+    pairs = []
+    for length, depth in cells:
+        for _ in range(n):
+            lang = next(langs)
+            prompt, answer = line_retrieval(tokenizer, lang, rng, length) if depth is None else needle(tokenizer, lang, rng, length, depth)
+            pairs.append((tokenizer.encode(prompt), tokenizer.encode(answer)))
+    found = np.array([greedy for _, greedy in score_continuations(model, tokenizer, pairs)]).reshape(len(lengths), -1, n).mean(-1)
+    return found[:, :-1].tolist(), found[:, -1].tolist()
 
 
 @torch.inference_mode()
@@ -67,29 +124,80 @@ def without_text(task):
     return {**task, "messages": messages}
 
 
-def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False):
+def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None):
     """[(thought, answer), …] of each task, greedy. thinking: with the think prompt where the task has a "think"; plain: no
-    chat template, the contents joined by line breaks and the rest of the line taken (for base models)."""
+    chat template, the contents joined by line breaks and the rest of the line taken (for base models). kept: an `Answers` to
+    look answers up in and to add them to."""
     prompts = []
     for task in tasks:
         if plain:
             prompts.append(tokenizer.encode("\n".join(message["content"] for message in task["messages"])))
         else:
             prompts.append(tokenizer.encode_chat(task["messages"], thinking=thinking and "think" in task)[0])
-    completions = generate(model, tokenizer, prompts, GREEDY)
-    if plain:
-        return [("", completion.text.strip().split("\n")[0]) for completion in completions]
-    return [split_thought(completion.text) for completion in completions]
+    kept = Answers() if kept is None else kept
+    missing = [prompt for prompt in prompts if kept.key(prompt) not in kept.texts]
+    for start in range(0, len(missing), 256):
+        part = missing[start : start + 256]
+        kept.add(part, [completion.text for completion in generate(model, tokenizer, part, GREEDY)])
+    texts = [kept.texts[kept.key(prompt)] for prompt in prompts]
+    return [("", text.strip().split("\n")[0]) if plain else split_thought(text) for text in texts]
+
+
+class Answers:
+    """What one checkpoint has answered; kept in a file (None: only in memory), so that an evaluation can be resumed."""
+
+    def __init__(self, path=None, checkpoint=""):
+        self.path, self.checkpoint, self.texts = path, checkpoint, {}
+        if path and os.path.exists(path):
+            with open(path, "rb") as file:
+                for line in file:
+                    try:
+                        self.texts.update([json.loads(line)])
+                    except ValueError:  # empty, or torn by a kill: answered again
+                        continue
+
+    def key(self, prompt):
+        return hashlib.sha256(f"{self.checkpoint} {prompt}".encode()).hexdigest()[:32]
+
+    def add(self, prompts, texts):
+        new = {self.key(prompt): text for prompt, text in zip(prompts, texts, strict=True)}
+        self.texts.update(new)
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:  # begins with a line break: the last line may be torn
+                file.write("\n" + "\n".join(json.dumps(pair, ensure_ascii=False) for pair in new.items()) + "\n")
+
+
+def best_of_samples(model, tokenizer, tasks, n, seed=0):
+    """{"mean@1", "majority@n", "pass@n"} over n answers sampled for each task, thinking where it can."""
+    prompts = [tokenizer.encode_chat(task["messages"], thinking="think" in task)[0] for task in tasks]
+    texts = [completion.text for completion in generate(model, tokenizer, prompts, Sampling(temperature=1.0, max_tokens=96, seed=seed), n)]
+    mean, majority, passed = [], [], []
+    for i, task in enumerate(tasks):
+        answers = [split_thought(text)[1] for text in texts[i * n : (i + 1) * n]]
+        right = [SCORERS[task["scorer"]](answer, task["answer"]) for answer in answers]
+        mean.append(np.mean(right))
+        majority.append(right[answers.index(Counter(answers).most_common(1)[0][0])])
+        passed.append(any(right))
+    return {"mean@1": float(np.mean(mean)), f"majority@{n}": float(np.mean(majority)), f"pass@{n}": float(np.mean(passed))}
+
+
+def interval(hits, n, z=1.96):
+    """Wilson's 95 % interval of a share of n."""
+    share, spread = hits / n, z**2 / n
+    middle, half = share + spread / 2, z * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
+    return [(middle - half) / (1 + spread), (middle + half) / (1 + spread)]
 
 
 def accuracy(tasks, answers):
-    """{"overall", "by_group", "by_task", "by_language", "cells", "n"}: shares of tasks whose scorer accepts the answer."""
+    """{"overall", "by_group", "by_task", "by_language", "cells", "intervals", "n"}: shares of tasks whose scorer accepts the answer."""
     hits = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(tasks, answers, strict=True)]
+    intervals = {"all": interval(sum(hits), len(hits))}
 
     def share(key):
         groups = defaultdict(list)
         for task, hit in zip(tasks, hits, strict=True):
             groups[key(task)].append(hit)
+        intervals.update({name: interval(sum(group), len(group)) for name, group in groups.items()})
         return {name: sum(group) / len(group) for name, group in groups.items()}
 
     return {
@@ -98,6 +206,7 @@ def accuracy(tasks, answers):
         "by_task": share(lambda task: task["task"]),
         "by_language": share(lambda task: task["lang"]),
         "cells": share(lambda task: f"{task['task']}/{task['lang']}"),
+        "intervals": intervals,
         "n": len(hits),
     }
 
@@ -123,173 +232,81 @@ def copied_answers(tasks):
     return answers
 
 
-def stage_losses(metrics):
-    """{stage: mean lm loss of its last 50 steps}, {stage: median tokens per second}."""
-    by_stage = defaultdict(list)
-    for entry in metrics:
-        if entry.get("lm") is not None:
-            by_stage[entry["stage"]].append(entry)
-    loss = {stage: float(np.mean([e["lm"] for e in entries[-50:]])) for stage, entries in by_stage.items()}
-    speed = {stage: float(np.median([e["tokens_per_s"] for e in entries])) for stage, entries in by_stage.items()}
-    return loss, speed
-
-
-def plot_losses(metrics, path):
-    stages = [stage for stage in STAGES if any(e["stage"] == stage for e in metrics)]
-    figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(3.2 * max(1, len(stages)), 3), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=False):
-        entries = [e for e in metrics if e["stage"] == stage and e.get("lm") is not None]
-        steps, losses = [e["step"] for e in entries], [e["lm"] for e in entries]
-        width = min(25, len(losses))
-        axis.plot(steps, losses, color="0.8", linewidth=0.8)
-        axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), color="tab:blue")
-        axis.set(title=stage, xlabel="step")
-    axes[0, 0].set_ylabel("loss on targets (nats)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_load(metrics, path):
-    """Heat map of the last logged expert load, as multiples of an even share."""
-    loads = [entry for entry in metrics if "load" in entry]
-    if not loads:
-        return None
-    load_LE = np.array(loads[-1]["load"])
-    load_LE = load_LE * load_LE.shape[1]
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.4 * len(load_LE)))
-    image = axis.imshow(load_LE, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
-    axis.set(xlabel="expert", ylabel="layer", title=f"expert load after {loads[-1]['stage']} (1 is an even share)")
-    axis.set_yticks(range(len(load_LE)))
-    figure.colorbar(image)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return float(load_LE.max())
-
-
-def plot_accuracy(result, title, path):
-    """Heat map of accuracy, task by language."""
-    names = sorted({cell.split("/")[0] for cell in result["cells"]})
-    langs = sorted({cell.split("/")[1] for cell in result["cells"]})
-    grid = np.array([[result["cells"].get(f"{name}/{lang}", np.nan) for lang in langs] for name in names])
-    figure, axis = plt.subplots(figsize=(1.8 + 0.75 * len(langs), 1 + 0.42 * len(names)))
-    axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-    axis.set_xticks(range(len(langs)), langs)
-    axis.set_yticks(range(len(names)), names)
-    for i, row in enumerate(grid):
-        for j, value in enumerate(row):
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
-    axis.set_title(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def table(rows, header):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def accuracy_table(results, tasks_hash):
-    """Markdown: one row per task and language, one column per model or baseline, in percent."""
-    names = list(results)
-    first = results[names[0]]
-    rows = [["all", *(f"{100 * results[n]['overall']:.1f}" for n in names)]]
-    for group in ("by_group", "by_task", "by_language"):
-        for key in first[group]:
-            rows.append([key, *(f"{100 * results[n][group][key]:.1f}" for n in names)])
-    return table(rows, [f"accuracy, % of {first['n']} held-out tasks, {tasks_hash}", *names])
-
-
-def sample_chats(model, tokenizer, tasks):
+def sample_chats(tasks, ask):
     """One reasoning task per language of the first three, thinking on and off, as text."""
     lines = []
     chosen = {task["lang"]: task for task in reversed(tasks) if task["task"] == "numerical_reasoning"}
     for task in list(chosen.values())[:3]:
         lines.append(f"user: {task['messages'][-1]['content']}")
         for thinking in (True, False):
-            thought, answer = answer_tasks(model, tokenizer, [task], thinking=thinking)[0]
+            thought, answer = ask([task], thinking=thinking)[0]
             shown = f"<think>{thought}</think> {answer}" if thought else answer
             lines.append(f"compass, thinking {'on' if thinking else 'off'}: {shown}")
         lines.append(f"(reference: {task['answer']})\n")
     return "\n".join(lines)
 
 
-def evaluate_stages(run, device, test, documents):
-    """Accuracy and bits per byte of every evaluated stage in the run; returns (accuracy, bpb, chats)."""
-    results, bits, chats, thinking = {}, {}, "", {}
+def thinking_switch(tasks, ask):
+    """{"on", "off"}: accuracy, share of answers with a thought, and mean length in characters, of the tasks that need one."""
+    reasoning, switch = [task for task in tasks if "think" in task], {}
+    for name, on in (("on", True), ("off", False)):
+        given = ask(reasoning, thinking=on) if reasoning else []
+        switch[name] = {
+            "accuracy": accuracy(reasoning, [answer for _, answer in given])["by_task"] if given else {},
+            "with_thought": float(np.mean([bool(thought) for thought, _ in given])) if given else 0.0,
+            "characters": float(np.mean([len(thought) + len(answer) for thought, answer in given])) if given else 0.0,
+        }
+    return switch
+
+
+def evaluate_stages(run, device, test, documents, samples):
+    """Figures of every evaluated stage of the run, as the dict that report.py shows, and sample chats."""
+    report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}}
+    chats = ""
     stages = [stage for stage in (BASE, "sft1", "sft2") if checkpoints(run, stage)] or [latest_stage(run)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)
-        bits[stage] = bits_per_byte(model, tokenizer, documents)
-        plain = not stage.startswith("sft")
-        answers = answer_tasks(model, tokenizer, test, thinking=stage == "sft2", plain=plain)
-        results[stage] = accuracy(test, [answer for _, answer in answers])
-        if stage == stages[-1] and not plain:
-            cut = answer_tasks(model, tokenizer, [without_text(t) for t in test], thinking=stage == "sft2")
-            results["without text"] = accuracy(test, [answer for _, answer in cut])
-            reasoning = [task for task in test if "think" in task]
-            for on in (True, False):
-                given = answer_tasks(model, tokenizer, reasoning, thinking=on)
-                thinking["on" if on else "off"] = {
-                    "accuracy": accuracy(reasoning, [a for _, a in given])["by_task"],
-                    "with_thought": float(np.mean([bool(thought) for thought, _ in given])),
-                }  # fmt: skip
-            chats = sample_chats(model, tokenizer, test)
-    return results, bits, thinking, chats
-
-
-def write_report(run, report, chats, worst_load):
-    """report.json and report.md; returns the markdown."""
-    sections = ["# Report", "## Loss (nats per trained token, mean of the last 50 steps) and speed"]
-    rows = [[stage, f"{loss:.3f}", f"{report['tokens_per_s'][stage]:,.0f}"] for stage, loss in report["loss"].items()]
-    sections += [table(rows, ["stage", "loss", "tokens/s"]), "![loss](loss.png)"]
-    sections += ["## Accuracy on products and phrasings never seen in training", accuracy_table(report["accuracy"], report["tasks_hash"])]
-    sections.append("majority, copy and without text are baselines that cannot know the answer. ![accuracy](accuracy.png)")
-    if report["thinking"]:
-        rows = [
-            [name, *(f"{100 * report['thinking'][on]['accuracy'][name]:.1f}" for on in ("on", "off"))]
-            for name in report["thinking"]["on"]["accuracy"]
-        ]
-        rows.append(["answers with a thought", *(f"{100 * report['thinking'][on]['with_thought']:.1f}" for on in ("on", "off"))])
-        sections += ["## Thinking on and off", table(rows, ["%", "on", "off"])]
-    langs = sorted({lang for values in report["bits_per_byte"].values() for lang in values})
-    rows = [[s, *(f"{values[lang]:.3f}" for lang in langs)] for s, values in report["bits_per_byte"].items()]
-    sections += ["## Bits per byte of held-out documents", table(rows, ["stage", *langs])]
-    if worst_load:
-        sections += ["## Expert load", f"The busiest expert takes {worst_load:.2f} times an even share. ![load](load.png)"]
-    if chats:
-        sections += ["## Sample chats", "```\n" + chats + "```"]
-    markdown = "\n\n".join(sections) + "\n"
-    write_atomically(os.path.join(run, "report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode())
-    write_atomically(os.path.join(run, "report.md"), markdown.encode())
-    return markdown
+        kept = Answers(os.path.join(run, "answers.jsonl"), checksum(checkpoints(run, stage)[0]))
+        plain, thinks = not stage.startswith("sft"), stage == "sft2"
+        ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
+        report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
+        report["accuracy"][stage] = accuracy(test, [answer for _, answer in ask(test, thinking=thinks)])
+        if plain:
+            lengths = [model.config.max_seq_len // 2**i for i in (3, 2, 1, 0)]
+            needles, lines = retrieval(model, tokenizer, lengths)
+            report["retrieval"] = {"stage": stage, "lengths": lengths, "depths": DEPTHS, "needles": needles, "lines": lines}
+        elif stage == stages[-1]:
+            cut = ask([without_text(task) for task in test], thinking=thinks)
+            report["accuracy"]["without text"] = accuracy(test, [answer for _, answer in cut])
+            report["thinking"] = thinking_switch(test, ask)
+            report["choices"] = multiple_choice(model, tokenizer, test)
+            if samples > 1:
+                report["samples"] = best_of_samples(model, tokenizer, test, samples)
+            chats = sample_chats(test, ask)
+    return report, chats
 
 
 def main():
     args = cli.parse(
         __doc__, "data", "run", "device", "seed",
-        tasks=dict(type=int, default=5, help="held-out tasks per task and language"),
+        tasks=dict(default="5", help="held-out tasks per task and language, or a .jsonl file of your own"),
+        samples=dict(type=int, default=1, help="answers to sample for mean@1, majority@N and pass@N (1: none)"),
     )  # fmt: skip
     device = cli.pick_device(args.device)
-    test = tasks("test", args.seed, args.tasks)
-    results, bits, thinking, chats = evaluate_stages(
-        args.run, device, test, list(reader.documents(args.data, "general", args.seed, "test"))
-    )
-    results["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100)))
-    results["copy"] = accuracy(test, copied_answers(test))
+    test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)
+    documents = list(reader.documents(args.data, "general", args.seed, "test"))
+    report, chats = evaluate_stages(args.run, device, test, documents, args.samples)
+    report["accuracy"]["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100)))
+    report["accuracy"]["copy"] = accuracy(test, copied_answers(test))
     metrics = read_metrics(args.run)
-    loss, speed = stage_losses(metrics)
-    report = {
-        "tasks_hash": fingerprint(test), "loss": loss, "tokens_per_s": speed, "accuracy": results, "thinking": thinking,
-        "bits_per_byte": bits,
-    }  # fmt: skip
+    report["loss"], report["tokens_per_s"] = stage_losses(metrics)
     plot_losses(metrics, os.path.join(args.run, "loss.png"))
-    worst_load = plot_load(metrics, os.path.join(args.run, "load.png"))
-    last = [stage for stage in STAGES if stage in results][-1]
-    plot_accuracy(results[last], f"accuracy after {last}, %", os.path.join(args.run, "accuracy.png"))
-    print(write_report(args.run, report, chats, worst_load))
+    report["busiest_expert"] = plot_load(metrics, os.path.join(args.run, "load.png"))
+    if "retrieval" in report:
+        plot_needles(report["retrieval"], os.path.join(args.run, "needles.png"))
+    last = [stage for stage in STAGES if stage in report["accuracy"]][-1]
+    plot_accuracy(report["accuracy"][last], f"accuracy after {last}, %", os.path.join(args.run, "accuracy.png"))
+    print(write_report(args.run, report, chats))
     print(f"report and plots: {args.run}/report.md")
 
 

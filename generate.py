@@ -32,6 +32,7 @@ class Sampling:
     repetition: float = 1.05
     max_tokens: int = 2048
     seed: int = 42
+    think_budget: int | None = None  # tokens of thought after which </think> is put
 
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition=1.0, max_tokens=96)
@@ -170,6 +171,9 @@ def _generate_rows(model, tokenizer, requests, sampling):
         if not logits_BV[:, : tokenizer.n_vocab].isfinite().all():
             raise InputError("the model's logits are not finite: the checkpoint is damaged or training diverged")
         next_B = _draw(filtered_probs(logits_BV, seen_BV, sampling), [generators[i] for i in active])
+        if sampling.think_budget is not None:
+            enough_B = torch.tensor([_overthinks(results[i].ids, tokenizer, sampling.think_budget) for i in active], device=device)
+            next_B = next_B.masked_fill(enough_B, tokenizer.special["</think>"])
         logprob_B = logits_BV.float().log_softmax(-1).gather(1, next_B.unsqueeze(1)).squeeze(1)
         keep = []
         for row, (i, token, logprob) in enumerate(zip(active, next_B.tolist(), logprob_B.tolist(), strict=True)):
@@ -192,6 +196,11 @@ def _generate_rows(model, tokenizer, requests, sampling):
     for result in results:
         result.text = tokenizer.decode(result.ids)
     return results
+
+
+def _overthinks(ids, tokenizer, budget):
+    """Whether an unfinished answer is inside a thought that has used up its budget."""
+    return len(ids) > budget and ids[0] == tokenizer.special["<think>"] and tokenizer.special["</think>"] not in ids
 
 
 def split_thought(text):
@@ -225,9 +234,10 @@ def main():
         stage=dict(default=None, help="stage to load (default: the run's last)"),
         prompt=dict(help="answer this and exit (default: chat)"),
         think=dict(action="store_true", help="start with thinking on"),
+        budget=dict(type=int, default=None, help="tokens of thought at most (default: no limit)"),
     )  # fmt: skip
     model, tokenizer = load_for_inference(args.run, cli.pick_device(args.device), args.stage)
-    sampling, thinking, messages = Sampling(seed=args.seed), args.think, []
+    sampling, thinking, messages = Sampling(seed=args.seed, think_budget=args.budget), args.think, []
     if args.prompt is not None:
         reply(model, tokenizer, [{"role": "user", "content": args.prompt}], thinking, sampling)
         return

@@ -1,26 +1,30 @@
-"""Supervised fine-tuning in two stages, with packing and hybrid thinking (v2 §3.2).
+"""Supervised fine-tuning in two stages, with packing and hybrid thinking (v2 §3.2; v3 for the mixed loss).
 
 sft1 teaches general instructions with direct answers; sft2 adds chains of thought between <think> and
 </think>, switched on by a system prompt, beside resampled direct ones. Conversations are packed by
-best-fit decreasing into rows of the context; each sees only itself, and only answers are trained on.
+best-fit decreasing into rows of the context; each sees only itself. Only answers are trained on; v3's mixed loss
+trains on the whole conversation where it is about e-commerce (`--full e-commerce`).
 
     python sft.py                 # laptop: both stages on top of runs/demo
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
 """
 
 import math
-import os
 import random
 
+import numpy as np
 import torch
 
 import cli
 from checkpoint import inherit, load_latest, load_model
 from cli import InputError
-from data.reader import read_jsonl
-from data.tasks import training
-from tokenizer import ROLES, Tokenizer
-from train import Schedule, assemble, finished, fit, language_model_loss
+from data.dedup import near_duplicates, signature
+from data.reader import read_tasks
+from data.scorers import SCORERS
+from data.tasks import CONVERSATIONS, ECOMMERCE, tasks, training
+from generate import Sampling, generate, load_for_inference, split_thought
+from tokenizer import Tokenizer
+from train import Schedule, assemble, finished, fit, logged, losses_of
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
@@ -29,6 +33,9 @@ STAGES = {
 }
 PER_LANGUAGE = 7000  # embedded training tasks
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
+WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
+DOMAINS = ("e-commerce", "general")
+FULL = {"none": (), "e-commerce": DOMAINS[:1], "general": DOMAINS[1:], "all": DOMAINS}
 
 
 def pack(lengths, capacity):
@@ -88,6 +95,30 @@ def collate(samples, bins, capacity=CAPACITY):
     return tuple(batch[name] for name in ("tokens", "targets", "weights", "doc_ids", "positions"))
 
 
+def common_length(longest, multiple=8):
+    """The width of this step's batch: the longest sample of all data-parallel ranks, rounded up (Distributed Dynamic Padding)."""
+    longest = torch.tensor(longest)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+    return -(-int(longest) // multiple) * multiple
+
+
+def length_buckets(lengths, tokens, rng, window=4096):
+    """Batches of samples of like length, about `tokens` each once padded: a random order, sorted within windows, cut, shuffled."""
+    order, batches = list(range(len(lengths))), []
+    rng.shuffle(order)
+    for start in range(0, len(order), window):
+        batch = []
+        for i in sorted(order[start : start + window], key=lambda i: lengths[i]):
+            if batch and (len(batch) + 1) * lengths[i] > tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
 def chat_of(task, thinking):
     """The conversation a task teaches: its messages and the reference answer, with the thought when thinking."""
     answer = {"role": "assistant", "content": task["answer"]}
@@ -98,8 +129,8 @@ def chat_of(task, thinking):
 
 def curriculum(stage, examples, seed):
     """[(task, thinking), …] of a stage: sft1 answers directly what needs no thought; sft2 adds reasoning with its
-    thought, and twice as many of everything, direct, so that nothing is forgotten and the switch is learnt. Where nothing
-    has a thought, sft2 goes over everything once more."""
+    thought, down-sampled to a third: twice as many of everything, direct, keep what sft1 learnt and teach the switch. Where
+    nothing has a thought, sft2 goes over everything once more."""
     reasoning = [task for task in examples if "think" in task]
     if stage == "sft1":
         if reasoning:
@@ -111,60 +142,100 @@ def curriculum(stage, examples, seed):
     return [(task, True) for task in reasoning] + [(task, False) for task in resampled]
 
 
-def read_tasks(path):
-    """Tasks of a .jsonl file; a line without messages or answer, or with a bad message, is an error with its number."""
-    if not os.path.isfile(path):
-        raise InputError(f"--data {path}: no such task file")
-    examples = []
-    for number, task in read_jsonl(path):
-        for field, kind in (("messages", list), ("answer", str)):
-            if not isinstance(task.get(field), kind) or not task[field]:
-                raise InputError(f'{path}:{number}: field "{field}" is missing, empty or no {kind.__name__}')
-        for message in task["messages"]:
-            fields = message if isinstance(message, dict) else {}
-            if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str):
-                raise InputError(f"{path}:{number}: a message needs a role ({', '.join(ROLES)}) and a text as content, got {message!r}")
-        if not isinstance(task.get("think", ""), str):
-            raise InputError(f'{path}:{number}: field "think" is no str')
-        examples.append(task)
-    if not examples:
-        raise InputError(f"{path}: empty file")
-    return examples
+def pass_rates(model, tokenizer, examples, n=8, seed=0):
+    """Share of n sampled thoughts that lead to an answer the scorer accepts, for each task (v2 §5.2)."""
+    prompts = [tokenizer.encode_chat(task["messages"], thinking=True)[0] for task in examples]
+    completions = iter(generate(model, tokenizer, prompts, Sampling(temperature=1.0, top_k=0, top_p=1.0, max_tokens=96, seed=seed), n))
+    scored = [
+        [SCORERS[task.get("scorer", "exact")](split_thought(next(completions).text)[1], task["answer"]) for _ in range(n)]
+        for task in examples
+    ]
+    return np.mean(scored, axis=1).tolist()
 
 
-class PackedChats:
-    """Encoded, packed conversations; the batch of a step is a pure function of (seed, step)."""
+def decontaminated(examples, test):
+    """The examples that are no near-duplicate (data/dedup.py) of a test task."""
 
-    def __init__(self, chats, tokenizer, context, seed):
-        self.samples = []
-        too_long = []
+    def prompt(task):
+        return "\n".join(message["content"] for message in task["messages"])
+
+    clusters = near_duplicates(np.stack([signature(prompt(task)) for task in [*test, *examples]]))
+    seen = {clusters.find(i) for i in range(len(test))}
+    return [task for i, task in enumerate(examples, len(test)) if clusters.find(i) not in seen]
+
+
+class Chats:
+    """Encoded conversations; `batch(step)` is a pure function of (seed, step).
+
+    packed: rows of a fixed capacity, filled by `pack`. Otherwise one conversation a row, batches of like length, padded to
+    the longest (Distributed Dynamic Padding). full: the domains ("e-commerce", "general") whose prompts are trained on too.
+    """
+
+    def __init__(self, chats, tokenizer, context, seed, full=(), packed=True):
+        self.samples, self.domains, self.seed, self.packed, self.epoch = [], [], seed, packed, None
+        too_long = 0
         for i, (task, thinking) in enumerate(chats):
-            sample = tokenizer.encode_chat(chat_of(task, thinking), thinking=thinking)
-            (self.samples if len(sample[0]) <= context else too_long).append(sample)
+            domain = DOMAINS[task.get("task") not in ECOMMERCE and task.get("task") not in CONVERSATIONS]
+            sample = tokenizer.encode_chat(chat_of(task, thinking), thinking=thinking, full_loss=domain in full)
             if len(sample[0]) > context:
+                too_long += 1
                 print(f"sample {task.get('id', i)} has {len(sample[0])} tokens, more than the context {context}: left out")
+                continue
+            self.samples.append(sample)
+            self.domains.append(DOMAINS.index(domain))
         if not self.samples:
             raise InputError("no conversation fits the context")
-        longest = max(len(ids) for ids, _ in self.samples)
-        self.capacity = max(CAPACITY, longest)
-        self.bins = pack([len(ids) for ids, _ in self.samples], self.capacity)
-        self.seed = seed
-        filled = sum(len(ids) for ids, _ in self.samples) / (len(self.bins) * self.capacity)
+        lengths = [len(ids) for ids, _ in self.samples]
+        self.capacity = max(CAPACITY, max(lengths))
+        self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed))
+        places = self.capacity * len(self.units)
+        if not packed:
+            places = sum(len(members) * common_length(max(lengths[i] for i in members)) for members in self.units)
         print(
-            f"{len(self.samples):,} conversations in {len(self.bins):,} rows of {self.capacity} tokens, "
-            f"{100 * filled:.1f} % filled; {len(too_long)} over-long left out"
+            f"{len(self.samples):,} conversations in {len(self.units):,} {'packed rows' if packed else 'padded batches'}, "
+            f"{100 * sum(lengths) / places:.1f} % filled; {too_long} over-long left out"
         )
 
     def batch(self, step):
-        chosen = []
-        for i in range(step * ROWS, (step + 1) * ROWS):
-            epoch, place = divmod(i, len(self.bins))
-            if epoch != getattr(self, "epoch", None):
-                self.epoch, self.order = epoch, list(range(len(self.bins)))
+        per_step, chosen = ROWS if self.packed else 1, []
+        for i in range(step * per_step, (step + 1) * per_step):
+            epoch, place = divmod(i, len(self.units))
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, list(range(len(self.units)))
                 random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
-            chosen.append(self.bins[self.order[place]])
+            chosen.append(self.units[self.order[place]])
+        rows = chosen if self.packed else [[i] for i in chosen[0]]
+        width = self.capacity if self.packed else common_length(max(len(self.samples[i][0]) for i in chosen[0]))
         names = ("tokens", "targets", "weights", "doc_ids", "positions")
-        return [dict(zip(names, collate(self.samples, chosen, self.capacity), strict=True))]
+        batch = dict(zip(names, collate(self.samples, rows, width), strict=True))
+        most = max(map(len, rows))
+        domain_of_doc = torch.tensor([[self.domains[i] for i in members] + [0] * (most - len(members)) for members in rows])
+        return [{**batch, "domains": domain_of_doc.gather(1, batch["doc_ids"].clamp_min(0))}]
+
+
+def sft_loss(model, batch):
+    """The language model's loss, and what each domain adds to it: lm_x / share_x is the mean loss of x's supervised tokens."""
+    losses = losses_of(model, batch)
+    metrics, weights_BT = logged(losses), batch["weights"] / batch["weights"].sum()
+    for domain, name in enumerate(DOMAINS):
+        here_BT = weights_BT * (batch["domains"] == domain)
+        metrics.update({f"lm_{name}": (losses.nll_BT * here_BT).sum(), f"share_{name}": here_BT.sum()})
+    return losses.total, metrics
+
+
+def selected_thoughts(examples, args, device):
+    """The examples without those reasoning tasks that resemble a held-out one or, given --rollouts, are too hard or too easy."""
+    direct, reasoning = ([task for task in examples if ("think" in task) == thinks] for thinks in (False, True))
+    clean = decontaminated(reasoning, tasks("test", 0, 10)) if reasoning else []
+    if len(clean) < len(reasoning):
+        print(f"sft2: {len(reasoning) - len(clean):,} reasoning tasks resemble held-out ones and are left out")
+    if args.rollouts:
+        rates = pass_rates(*load_for_inference(args.rollouts, device), clean, seed=args.seed)
+        kept = [task for task, rate in zip(clean, rates, strict=True) if WINDOW[0] <= rate <= WINDOW[1]]
+        hard, easy = sum(rate < WINDOW[0] for rate in rates), sum(rate > WINDOW[1] for rate in rates)
+        print(f"sft2: {hard:,} of {len(clean):,} reasoning tasks are too hard, {easy:,} too easy for {args.rollouts}; {len(kept):,} stay")
+        clean = kept
+    return direct + clean
 
 
 def run_stage(stage, args, device, tokenizer):
@@ -180,10 +251,14 @@ def run_stage(stage, args, device, tokenizer):
         examples = read_tasks(args.data)
     else:  # a short run needs less to read
         examples = training(args.seed, math.ceil(PER_LANGUAGE * min(1.0, schedule.steps / 500)))
+    if stage == "sft2":
+        examples = selected_thoughts(examples, args, device)
     model = load_model(state, device)
-    chats = PackedChats(curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed)
+    chats = Chats(
+        curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed"
+    )  # fmt: skip
     fit(
-        model, chats.batch, language_model_loss, schedule,
+        model, chats.batch, sft_loss, schedule,
         run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
     )  # fmt: skip
 
@@ -193,6 +268,9 @@ def main():
         __doc__, "data", "run", "stage", "steps", "resume", "device", "seed",
         data=dict(help="task file .jsonl: {messages, answer, think?} (default: the embedded tasks)"),
         stage=dict(default="all", choices=("all", *STAGES)),
+        full=dict(default="none", choices=tuple(FULL), help="domain whose prompts are trained on too (v3's mixed loss: e-commerce)"),
+        batching=dict(default="packed", choices=("packed", "padded"), help="pack conversations into rows, or pad batches of like length"),
+        rollouts=dict(help="run whose last model tries each reasoning task; sft2 keeps those it solves now and then"),
     )  # fmt: skip
     device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
     torch.manual_seed(args.seed)

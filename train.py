@@ -169,13 +169,22 @@ class TokenRows:
         return at
 
 
-def language_model_loss(model, batch):
-    """The loss function of pre-training and SFT: Compass.loss and what to log of it."""
-    losses = model.loss(
+def losses_of(model, batch):
+    """compass.Losses of a batch."""
+    return model.loss(
         batch["tokens"], batch["targets"], batch["weights"], doc_ids_BT=batch["doc_ids"], positions_BT=batch["positions"]
     )
-    metrics = {name: getattr(losses, name) for name in ("lm", "aux", "z", "mtp")}
-    return losses.total, {**metrics, "load": losses.load_LE}
+
+
+def logged(losses):
+    """What of the losses goes into metrics.jsonl."""
+    return {**{name: getattr(losses, name) for name in ("lm", "aux", "z", "mtp")}, "load": losses.load_LE}
+
+
+def language_model_loss(model, batch):
+    """The loss function of pre-training, for `fit`."""
+    losses = losses_of(model, batch)
+    return losses.total, logged(losses)
 
 
 def make_optimizer(model):
@@ -201,22 +210,34 @@ class _Stop:
         signal.signal(signal.SIGTERM, self.previous)
 
 
+def sum_over_ranks(*tensors):
+    """Sum tensors in place over the data-parallel ranks; with one process they already are."""
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
 def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
-    """One optimizer step. Micro-losses are weighed by their share of the global weight: one global denominator."""
+    """One optimizer step on this rank's micro-batches. Micro-losses are weighed by their share of the global weight: one
+    denominator over all micro-batches of all ranks."""
     weights = [batch["weights"].sum().item() for batch in micro_batches]
-    total = sum(weights)
+    total = torch.tensor(sum(weights), dtype=torch.float64, device=device)
+    sum_over_ranks(total)
+    total = total.item()
     if total <= 0:
         raise InputError("a batch has no supervised token (every target has weight 0)")
-    loss, metrics = 0.0, {}
+    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
     optimizer.zero_grad(set_to_none=True)
     for batch, weight in zip(micro_batches, weights, strict=True):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             micro_loss, micro_metrics = loss_fn(model, batch)
         (micro_loss * (weight / total)).backward()
-        loss += micro_loss.item() * weight / total
+        loss += micro_loss.detach() * (weight / total)
         for name, value in micro_metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
+    sum_over_ranks(loss, *metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None))
+    loss = loss.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:

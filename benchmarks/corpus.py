@@ -16,8 +16,9 @@ from collections import defaultdict
 import cli
 from checkpoint import latest_stage, load_latest, write_atomically
 from data import reader
-from evaluate import bits_per_byte, table
+from evaluate import bits_per_byte
 from generate import load_for_inference
+from report import table
 
 
 def main():

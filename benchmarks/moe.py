@@ -66,13 +66,13 @@ def our_step(config):
     return step
 
 
-def their_step(config, experts, attention):
+def their_model(config, experts, attention):
     """Qwen2-MoE with the same layers, heads, experts and shared width, untied."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
     c = config
-    model = Qwen2MoeForCausalLM(
+    return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
             vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
             num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, num_experts=c.n_experts, num_experts_per_tok=c.top_k,
@@ -82,8 +82,12 @@ def their_step(config, experts, attention):
             experts_implementation=experts, use_cache=False,
         )
     )  # fmt: skip
+
+
+def their_step(config, experts, attention):
+    model = their_model(config, experts, attention)
     optimizer = make_optimizer(model)
-    tokens_BT = torch.randint(c.vocab_size, (ROWS, T))
+    tokens_BT = torch.randint(config.vocab_size, (ROWS, T))
 
     def step():
         optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from checkpoint import load_latest, load_model
 from data.selection import select
 from data.tasks import fingerprint, tasks, training
 from evaluate import accuracy, answer_tasks
-from sft import STAGES, PackedChats, curriculum
+from sft import STAGES, Chats, curriculum
 from tokenizer import Tokenizer
 from train import _train_step, language_model_loss, lr_at, make_optimizer
 
@@ -30,7 +30,7 @@ def tune(run, tokenizer, examples, seed):
     """sft1 for STEPS steps on the examples; returns the model."""
     torch.manual_seed(seed)
     model = load_model(load_latest(run, "long", torch.device("cpu")), torch.device("cpu"))
-    chats = PackedChats(curriculum("sft1", examples, seed), tokenizer, model.config.max_seq_len, seed)
+    chats = Chats(curriculum("sft1", examples, seed), tokenizer, model.config.max_seq_len, seed)
     schedule = STAGES["sft1"][1]._replace(steps=STEPS)
     optimizer = make_optimizer(model)
     for step in range(STEPS):

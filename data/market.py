@@ -189,6 +189,13 @@ def shop_document(lang, rng, split, products):
     return "\n\n".join(page(draw_product(rng, split), lang, rng, split) for _ in range(products))
 
 
+def ledger_lines(lang, rng, entries):
+    """Lines "type colour: city", where a parcel lies; no two of the same type and colour."""
+    lex = lexicon(lang)
+    parcels = rng.sample([f"{kind} {colour}" for colour in lex["colours"].values() for kind in lex["types"].values()], entries)
+    return [f"{parcel}: {rng.choice(list(lex['cities'].values()))}" for parcel in parcels]
+
+
 def faq_document(lang, rng, split):
     """A product page with questions buyers ask, each followed by its answer."""
     product, lex = draw_product(rng, split), lexicon(lang)

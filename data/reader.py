@@ -1,4 +1,4 @@
-"""Reads any folder of .txt and .jsonl files, or the embedded marketplace when no folder is given.
+"""Reads any folder of .txt and .jsonl files, or the embedded marketplace when no folder is given; and files of tasks.
 
 A .txt file is one document; a .jsonl line is {"text": …, "lang"?: …}. The language is the line's "lang", else the
 file's name when it is a language code (th.jsonl), else unknown. Every twentieth document by hash is
@@ -12,6 +12,8 @@ import zlib
 
 from cli import InputError
 from data import market
+from data.scorers import SCORERS
+from tokenizer import ROLES
 
 CODES = set(market.LANGUAGES) | set(["nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk"])
 
@@ -43,6 +45,63 @@ def read_jsonl(path):
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
         yield number, value
+
+
+def task_faults(task):
+    """What is wrong with a task that a user wrote: one sentence each."""
+    messages, answer = task.get("messages"), task.get("answer")
+    if not isinstance(messages, list) or not messages:
+        yield 'field "messages" is missing, empty or no list'
+        messages = []
+    for message in messages:
+        fields = message if isinstance(message, dict) else {}
+        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str):
+            yield f"a message needs a role ({', '.join(ROLES)}) and a text as content, got {message!r}"
+        elif message is messages[-1] and message["role"] != "user":
+            yield f"the last message must be the user's, got one of {message['role']}"
+    if not isinstance(answer, str) or not answer.strip():
+        yield 'field "answer" is missing, empty or no text'
+    for field in ("id", "task", "lang", "think"):
+        if field in task and not (isinstance(task[field], str) and task[field]):
+            yield f'field "{field}" is empty or no text'
+    if task.get("scorer", "exact") not in SCORERS:
+        yield f"unknown scorer {task['scorer']!r}, known: {', '.join(SCORERS)}"
+    choices = task.get("choices", [answer])
+    if not isinstance(choices, list) or answer not in choices or not all(isinstance(choice, str) for choice in choices):
+        yield 'field "choices" must be a list of texts with the answer among them'
+
+
+def read_tasks(path):
+    """Tasks of a .jsonl file, one {messages, answer, id?, task?, lang?, scorer?, choices?, think?} a line.
+
+    What is left out is filled in: the line number as id, "task", "?" and the scorer exact. Raises InputError with one line
+    for each fault of the file.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such task file")
+    tasks, faults, ids = [], [], {}
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            task = json.loads(line)
+        except ValueError as error:
+            faults.append(f"{path}:{number}: malformed JSON ({error})")
+            continue
+        if not isinstance(task, dict):
+            faults.append(f"{path}:{number}: expected a JSON object, got {type(task).__name__}")
+            continue
+        task = {"id": str(number), "task": "task", "lang": "?", "scorer": "exact", **task}
+        faults += [f"{path}:{number}: {fault}" for fault in task_faults(task)]
+        if str(task["id"]) in ids:
+            faults.append(f"{path}:{number}: id {task['id']!r} is also the id of line {ids[str(task['id'])]}")
+        ids.setdefault(str(task["id"]), number)
+        tasks.append(task)
+    if faults:
+        raise InputError("\n".join(faults))
+    if not tasks:
+        raise InputError(f"{path}: empty file")
+    return tasks
 
 
 def read_folder(folder):

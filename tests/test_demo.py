@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -12,9 +13,9 @@ from conftest import ROOT
 import cli
 from checkpoint import checkpoints
 from data import market
+from data.reader import read_tasks
 from data.tasks import tasks, training
 from evaluate import accuracy, copied_answers, majority_answers, without_text
-from sft import read_tasks
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_demo_runs_the_whole_chain_and_then_skips_it(demo, script):
     assert set(report["accuracy"]) == {"long", "sft1", "sft2", "without text", "majority", "copy"}
     assert set(report["accuracy"]["sft2"]["by_language"]) == {"en", "zh", "id", "ms", "pt", "tl", "th", "vi"}
     assert set(report["thinking"]) == {"on", "off"} and report["bits_per_byte"]["long"]["th"] > 0
-    assert {"loss.png", "load.png", "accuracy.png", "report.md", "metrics.jsonl"} <= set(os.listdir(run))
+    assert {"loss.png", "load.png", "accuracy.png", "needles.png", "report.md", "metrics.jsonl"} <= set(os.listdir(run))
     assert all(os.path.basename(checkpoints(run, stage)[0]) == "step_3.pt" for stage in stages)
     assert "| all |" in first.stdout and "inherited from long step 3" in first.stdout
     again = [script(f"{name}.py", "--run", run, "--steps", 3, "--resume") for name in ("train", "sft")]
@@ -45,6 +46,19 @@ def test_demo_runs_the_whole_chain_and_then_skips_it(demo, script):
 def test_chat_in_the_terminal(demo, script):
     result = script("generate.py", "--run", demo[0], input="/think\nhi\n\nWhat is 2 + 2?\n")
     assert result.returncode == 0 and "thinking is on" in result.stdout and result.stdout.count("> ") >= 5
+
+
+def test_a_users_own_tasks(demo, script, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    task = {"messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4", "scorer": "number", "task": "sums/easy"}
+    path.write_text(json.dumps(task))
+    run = shutil.copytree(demo[0], tmp_path / "run")
+    result = script("evaluate.py", "--run", run, "--tasks", path, "--samples", 2)
+    assert result.returncode == 0 and "| sums/easy | 0.0 |" in result.stdout and "| mean@1 | majority@2 | pass@2 |" in result.stdout
+    path.write_text("{")
+    for command in (("evaluate.py", "--run", run, "--tasks", path), ("sft.py", "--run", run, "--data", path, "--stage", "sft2")):
+        result = script(*command)
+        assert result.returncode == 2 and f"{path}:1: malformed JSON" in result.stderr
 
 
 def test_checkpoints_are_listed(demo, script):
@@ -64,7 +78,7 @@ def test_corpus_benchmark_reads_a_folder(demo, script, tmp_path):
 def test_written_task_files_are_read_back(script, tmp_path):
     assert script("-m", "data.tasks", "--out", tmp_path).returncode == 0
     assert read_tasks(tmp_path / "test.jsonl") == tasks("test", 0, 10)
-    assert read_tasks(tmp_path / "train.jsonl") == training(0, 2000)
+    assert read_tasks(tmp_path / "train.jsonl") == [{"scorer": "exact", **task} for task in training(0, 2000)]
 
 
 def test_an_interrupted_script_says_so(capsys):

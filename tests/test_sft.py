@@ -1,13 +1,15 @@
 """sft.py: packing against trl and a bound, masks, curriculum, bad task files."""
 
-import json
+import copy
 import random
 
 import pytest
 import torch
 
+from data import general as data_general
 from data.tasks import tasks
-from sft import PackedChats, collate, curriculum, pack
+from sft import CAPACITY, FULL, ROWS, Chats, collate, common_length, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
+from train import _train_step, make_optimizer
 
 
 def distributions():
@@ -85,26 +87,96 @@ def test_sft1_says_what_it_leaves_to_sft2(capsys):
 def test_over_long_samples_are_reported(micro_tokenizer, capsys):
     examples = [(task, False) for task in tasks("train", 0, 1)]
     long = {"id": "the-long-one", "messages": [{"role": "user", "content": "word " * 900}], "answer": "no"}
-    packed = PackedChats([*examples, (long, False)], micro_tokenizer, 512, 0)
+    packed = Chats([*examples, (long, False)], micro_tokenizer, 512, 0)
     assert "the-long-one has" in capsys.readouterr().out and len(packed.samples) == len(examples)
     a, b = packed.batch(1)[0], packed.batch(1)[0]
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize(
-    "line,message",
-    [
-        ('{"messages": [', "tasks.jsonl:2: malformed JSON"),
-        ('{"answer": "x"}', 'tasks.jsonl:2: field "messages"'),
-        ('{"messages": [{"role": "user", "content": "q"}], "answer": ""}', 'tasks.jsonl:2: field "answer"'),
-        ('{"messages": [{"role": "buyer", "content": "q"}], "answer": "a"}', "tasks.jsonl:2: a message needs a role"),
-        ('{"messages": [{"role": "user", "content": "q"}], "answer": "a", "think": 3}', 'tasks.jsonl:2: field "think"'),
-    ],
-)
-def test_bad_task_files_name_the_line(tmp_path, line, message):
-    from sft import read_tasks
+def test_length_buckets_hold_everything_once_and_waste_little():
+    for _, lengths in distributions():
+        batches = length_buckets(lengths, 2048, random.Random(0))
+        assert sorted(i for members in batches for i in members) == list(range(len(lengths)))
+        places = [len(members) * max(lengths[i] for i in members) for members in batches]
+        assert max(places) <= 2048 and sum(lengths) / sum(places) > 0.97
 
-    good = {"messages": [{"role": "user", "content": "q"}], "answer": "a"}
-    (tmp_path / "tasks.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=message.replace("[", "\\[")):
-        read_tasks(str(tmp_path / "tasks.jsonl"))
+
+def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer):
+    chats = Chats([(task, False) for task in tasks("train", 0, 2)], micro_tokenizer, 1024, 0, packed=False)
+    seen = 0
+    for step in range(len(chats.units)):
+        (batch,) = chats.batch(step)
+        valid = batch["doc_ids"] >= 0
+        longest = valid.sum(1).max().item()
+        assert batch["tokens"].shape[1] == common_length(longest) < longest + 8 and valid.numel() <= CAPACITY * ROWS + 8 * len(valid)
+        seen += int(valid.sum())
+    assert seen == sum(len(ids) for ids, _ in chats.samples)
+
+
+def test_mixed_loss_trains_on_whole_conversations_of_its_domain(micro_tokenizer):
+    examples = [(task, False) for task in tasks("train", 0, 1)]
+    answers, mixed = (Chats(examples, micro_tokenizer, 1024, 0, full=FULL[name]) for name in ("none", "e-commerce"))
+    for (task, _), (ids, mask), (_, mixed_mask), domain in zip(examples, answers.samples, mixed.samples, mixed.domains, strict=True):
+        full = [0] + [1] * (len(ids) - 1)
+        assert domain == (task["task"] in data_general.TASKS or task["task"] == "mathematics")
+        assert mixed_mask == (full if domain == 0 else mask) and mask != full
+
+
+def test_domains_add_up_to_the_loss(micro_model, micro_tokenizer):
+    chats = Chats([(task, False) for task in tasks("train", 0, 1)], micro_tokenizer, 1024, 0)
+    (batch,) = chats.batch(0)
+    loss, metrics = sft_loss(micro_model, batch)
+    assert (metrics["lm_e-commerce"] + metrics["lm_general"]).item() == pytest.approx(metrics["lm"].item(), rel=1e-5)
+    assert (metrics["share_e-commerce"] + metrics["share_general"]).item() == pytest.approx(1, rel=1e-5)
+    general = {**batch, "weights": batch["weights"] * (batch["domains"] == 1)}
+    alone = metrics["lm_general"] / metrics["share_general"]
+    assert sft_loss(micro_model, general)[1]["lm"].item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def rank_step(rank, folder, models, micro_batches):
+    """One of two gloo ranks: a step on its micro-batches; what came out goes to a file. The width is agreed on first."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    width = common_length([17, 30][rank])
+    model = models[rank]
+    loss, norm, _, metrics = _train_step(model, make_optimizer(model), micro_batches[rank::2], sft_loss, 1e-3, torch.device("cpu"))
+    torch.save((width, loss, norm, metrics["lm_general"], model.state_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_batch(micro_model, micro_tokenizer, tmp_path):
+    micro_model.config.aux_weight = micro_model.config.z_weight = 0.0  # means over a micro-batch, not over tokens
+    chats = Chats([(task, False) for task in tasks("train", 0, 1)], micro_tokenizer, 1024, 0)
+    (whole,) = chats.batch(0)
+    parts = [{name: value[i : i + 2] for name, value in whole.items()} for i in range(0, ROWS, 2)]  # rank 0 takes two, rank 1 one
+    torch.multiprocessing.spawn(rank_step, (str(tmp_path), [copy.deepcopy(micro_model) for _ in range(2)], parts), nprocs=2)
+    loss, norm, _, metrics = _train_step(micro_model, make_optimizer(micro_model), [whole], sft_loss, 1e-3, torch.device("cpu"))
+    for rank in range(2):
+        width, their_loss, their_norm, general, weights = torch.load(tmp_path / f"{rank}.pt")
+        assert width == 32 and their_loss == pytest.approx(loss, rel=1e-6) and their_norm == pytest.approx(norm, rel=1e-4)
+        assert general == pytest.approx(metrics["lm_general"], rel=1e-5)
+        for name, value in micro_model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_pass_rates_and_the_window(micro_model, micro_tokenizer, monkeypatch, tmp_path, capsys):
+    from types import SimpleNamespace
+
+    from generate import Completion
+    from sft import selected_thoughts
+
+    reasoning = [task for task in tasks("train", 1, 1) if task["task"] == "mathematics"][:3]
+    never, now_and_then, always = (task["answer"] for task in reasoning)
+    texts = ["0"] * 8 + [f"<think>so</think> {now_and_then}"] * 3 + ["0"] * 5 + [always] * 8
+    monkeypatch.setattr("sft.generate", lambda *_: [Completion(text, [], [], True) for text in texts])
+    assert pass_rates(micro_model, micro_tokenizer, reasoning) == [0.0, 0.375, 1.0]
+    monkeypatch.setattr("sft.load_for_inference", lambda *_: (micro_model, micro_tokenizer))
+    direct = [{"messages": [{"role": "user", "content": "q"}], "answer": "a"}]
+    kept = selected_thoughts(direct + reasoning, SimpleNamespace(rollouts="a run", seed=0), "cpu")
+    assert kept == [*direct, reasoning[1]] and "1 of 3 reasoning tasks are too hard, 1 too easy" in capsys.readouterr().out
+
+
+def test_near_copies_of_test_tasks_are_left_out():
+    test = tasks("test", 0, 1)
+    train = [task for task in tasks("train", 0, 1) if "think" in task]
+    planted = {**test[0], "messages": [{"role": "user", "content": test[0]["messages"][0]["content"].upper() + " !"}]}
+    assert decontaminated([*train, planted], test) == train

@@ -1,0 +1,159 @@
+"""What a run has to show: curves, heat maps and tables, drawn from figures that others measured.
+
+evaluate.py fills the dict `report` and calls `write_report`; report.json holds the same figures for programs.
+"""
+
+import json
+import os
+from collections import defaultdict
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from checkpoint import STAGES, write_atomically
+
+
+def stage_losses(metrics):
+    """{stage: mean lm loss of its last 50 steps}, {stage: median tokens per second}."""
+    by_stage = defaultdict(list)
+    for entry in metrics:
+        if entry.get("lm") is not None:
+            by_stage[entry["stage"]].append(entry)
+    loss = {stage: float(np.mean([e["lm"] for e in entries[-50:]])) for stage, entries in by_stage.items()}
+    speed = {stage: float(np.median([e["tokens_per_s"] for e in entries])) for stage, entries in by_stage.items()}
+    return loss, speed
+
+
+def plot_losses(metrics, path):
+    stages = [stage for stage in STAGES if any(e["stage"] == stage for e in metrics)]
+    figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(3.2 * max(1, len(stages)), 3), squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=False):
+        entries = [e for e in metrics if e["stage"] == stage and e.get("lm") is not None]
+        steps, losses = [e["step"] for e in entries], [e["lm"] for e in entries]
+        width = min(25, len(losses))
+        axis.plot(steps, losses, color="0.8", linewidth=0.8)
+        axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), color="tab:blue")
+        axis.set(title=stage, xlabel="step")
+    axes[0, 0].set_ylabel("loss on targets (nats)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_load(metrics, path):
+    """Heat map of the last logged expert load, as multiples of an even share."""
+    loads = [entry for entry in metrics if "load" in entry]
+    if not loads:
+        return None
+    load_LE = np.array(loads[-1]["load"])
+    load_LE = load_LE * load_LE.shape[1]
+    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.4 * len(load_LE)))
+    image = axis.imshow(load_LE, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+    axis.set(xlabel="expert", ylabel="layer", title=f"expert load after {loads[-1]['stage']} (1 is an even share)")
+    axis.set_yticks(range(len(load_LE)))
+    figure.colorbar(image)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return float(load_LE.max())
+
+
+def plot_accuracy(result, title, path):
+    """Heat map of accuracy, task by language."""
+    names = sorted({cell.rsplit("/", 1)[0] for cell in result["cells"]})
+    langs = sorted({cell.rsplit("/", 1)[1] for cell in result["cells"]})
+    grid = np.array([[result["cells"].get(f"{name}/{lang}", np.nan) for lang in langs] for name in names])
+    figure, axis = plt.subplots(figsize=(1.8 + 0.75 * len(langs), 1 + 0.42 * len(names)))
+    axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+    axis.set_xticks(range(len(langs)), langs)
+    axis.set_yticks(range(len(names)), names)
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
+    axis.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_needles(found, path):
+    """Heat map of needles found, depth by length, line retrieval below."""
+    grid = np.array(found["needles"]).T
+    grid = np.vstack([grid, found["lines"]])
+    figure, axis = plt.subplots(figsize=(2.2 + 0.8 * len(found["lengths"]), 3.2))
+    axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+    axis.set_xticks(range(len(found["lengths"])), found["lengths"])
+    axis.set_yticks(range(len(grid)), [*(f"{100 * depth:.0f} %" for depth in found["depths"]), "lines"])
+    axis.set(xlabel="tokens", ylabel="depth of the needle", title=f"parcels found after {found['stage']}, %")
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(rows, header):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def accuracy_table(results, tasks_hash, last):
+    """Markdown: one row per task and language, one column per model or baseline, in percent; the interval is the last model's."""
+    names = list(results)
+    first = results[names[0]]
+    rows = [["all", *(f"{100 * results[n]['overall']:.1f}" for n in names)]]
+    for group in ("by_group", "by_task", "by_language"):
+        for key in first[group]:
+            rows.append([key, *(f"{100 * results[n][group][key]:.1f}" for n in names)])
+    for row in rows:
+        low, high = results[last]["intervals"][row[0]]
+        row.append(f"{100 * low:.0f} to {100 * high:.0f}")
+    return table(rows, [f"accuracy, % of {first['n']} held-out tasks, {tasks_hash}", *names, f"95 % interval, {last}"])
+
+
+def thinking_table(switch):
+    on, off = switch["on"], switch["off"]
+    rows = [[name, *(f"{100 * side['accuracy'][name]:.1f}" for side in (on, off))] for name in on["accuracy"]]
+    rows.append(["answers with a thought, %", *(f"{100 * side['with_thought']:.1f}" for side in (on, off))])
+    rows.append(["characters", *(f"{side['characters']:.0f}" for side in (on, off))])
+    return table(rows, ["accuracy, %", "on", "off"])
+
+
+def write_report(run, report, chats):
+    """report.json and report.md; returns the markdown."""
+    last = [stage for stage in STAGES if stage in report["accuracy"]][-1]
+    sections = ["# Report", "## Loss (nats per trained token, mean of the last 50 steps) and speed"]
+    rows = [[stage, f"{loss:.3f}", f"{report['tokens_per_s'][stage]:,.0f}"] for stage, loss in report["loss"].items()]
+    sections += [table(rows, ["stage", "loss", "tokens/s"]), "![loss](loss.png)"]
+    sections += [
+        "## Accuracy on products and phrasings never seen in training", accuracy_table(report["accuracy"], report["tasks_hash"], last)
+    ]  # fmt: skip
+    sections.append("majority, copy and without text are baselines that cannot know the answer. ![accuracy](accuracy.png)")
+    if report.get("thinking", {}).get("on", {}).get("accuracy"):
+        sections += ["## Thinking on and off", thinking_table(report["thinking"])]
+    if report.get("choices"):
+        rows = [
+            [name, f"{100 * raw:.1f}", f"{100 * per_byte:.1f}", f"{100 * report['accuracy'][last]['by_task'][name]:.1f}", n]
+            for name, (raw, per_byte, n) in report["choices"].items()
+        ]
+        header = ["task", "likeliest choice, %", "likeliest per byte, %", "free answer, %", "tasks"]
+        sections += [f"## Multiple choice by likelihood, {last}", table(rows, header)]
+    if "samples" in report:
+        sections += ["## Sampled answers", table([[f"{100 * value:.1f}" for value in report["samples"].values()]], list(report["samples"]))]
+    if "retrieval" in report:
+        sections += ["## Parcels found in long texts (guessing: 8 %)", "![needles](needles.png)"]
+    langs = sorted({lang for values in report["bits_per_byte"].values() for lang in values})
+    rows = [[s, *(f"{values[lang]:.3f}" for lang in langs)] for s, values in report["bits_per_byte"].items()]
+    sections += ["## Bits per byte of held-out documents", table(rows, ["stage", *langs])]
+    if report["busiest_expert"]:
+        sections += ["## Expert load", f"The busiest expert takes {report['busiest_expert']:.2f} times an even share. ![load](load.png)"]
+    if chats:
+        sections += ["## Sample chats", "```\n" + chats + "```"]
+    markdown = "\n\n".join(sections) + "\n"
+    write_atomically(os.path.join(run, "report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode())
+    write_atomically(os.path.join(run, "report.md"), markdown.encode())
+    return markdown

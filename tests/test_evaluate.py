@@ -1,0 +1,119 @@
+"""evaluate.py: likelihoods against whole logits, intervals by hand, resumed answers, needles, and users' task files."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from data.needles import line_retrieval, needle
+from data.reader import read_tasks
+from data.tasks import tasks
+from evaluate import Answers, answer_tasks, best_of_samples, interval, multiple_choice, retrieval, score_continuations
+from generate import GREEDY, generate
+
+
+def test_continuations_equal_whole_logits_one_by_one(micro_model, micro_tokenizer):
+    rng = random.Random(0)
+    pairs = [tuple([rng.randrange(500) for _ in range(rng.randint(1, most))] for most in (20, 5)) for _ in range(20)]
+    for (prompt, continuation), (logp, greedy) in zip(pairs, score_continuations(micro_model, micro_tokenizer, pairs, rows=6), strict=True):
+        with torch.no_grad():
+            logits = micro_model(torch.tensor([prompt + continuation]))[0, len(prompt) - 1 : -1, : micro_tokenizer.n_vocab]
+        reference = sum(logits.log_softmax(-1)[i, token].item() for i, token in enumerate(continuation))
+        assert logp == pytest.approx(reference, abs=1e-4)
+        assert greedy == (logits.argmax(-1).tolist() == continuation)
+
+
+def test_greedy_continuations_are_what_generate_gives(micro_model, micro_tokenizer):
+    with torch.no_grad():
+        micro_model.head.weight.mul_(4)
+    prompts = [[5, 9, 300], [17] * 11]
+    given = [completion.ids[:4] for completion in generate(micro_model, micro_tokenizer, prompts, GREEDY)]
+    other = [[*ids[:-1], (ids[-1] + 1) % 500] for ids in given]
+    scores = score_continuations(micro_model, micro_tokenizer, list(zip(prompts * 2, given + other, strict=True)))
+    assert [greedy for _, greedy in scores] == [True, True, False, False]
+
+
+def test_multiple_choice_raw_and_per_byte(micro_model, micro_tokenizer, monkeypatch):
+    task = {"task": "t", "messages": [{"role": "user", "content": "?"}], "answer": "a long choice", "choices": ["no", "a long choice"]}
+    # -4 / 2 bytes is worse than -13 / 13 bytes: the sum prefers "no", the mean per byte the long one
+    monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(-4.0, False), (-13.0, False)])
+    assert multiple_choice(micro_model, micro_tokenizer, [task, {"task": "free"}]) == {"t": (0.0, 1.0, 1)}
+
+
+def test_interval_by_hand():
+    # Wilson for 8 of 10 at z = 1.96: centre (0.8 + 0.19208) / 1.38416, half width 1.96 sqrt(0.016 + 0.0096) / 1.38416
+    assert interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-3)
+    low, high = interval(0, 40)
+    assert low == pytest.approx(0, abs=1e-9) and 0.05 < high < 0.12
+
+
+def test_answers_survive_a_kill(micro_model, micro_tokenizer, tmp_path, monkeypatch):
+    test, path = [task for task in tasks("test", 0, 1) if task["task"] == "mathematics"], str(tmp_path / "answers.jsonl")
+    micro_model.config.max_seq_len = 512
+    first = answer_tasks(micro_model, micro_tokenizer, test, kept=Answers(path, "one"))
+    with open(path, "rb+") as file:  # the last answer is torn
+        file.seek(-5, 2)
+        file.truncate()
+    asked = []
+
+    def watched(model, tokenizer, prompts, sampling):
+        asked.extend(prompts)
+        return generate(model, tokenizer, prompts, sampling)
+
+    monkeypatch.setattr("evaluate.generate", watched)
+    assert answer_tasks(micro_model, micro_tokenizer, test, kept=Answers(path, "one")) == first and len(asked) == 1
+    assert answer_tasks(micro_model, micro_tokenizer, test, kept=Answers(path, "one")) == first and len(asked) == 1
+    answer_tasks(micro_model, micro_tokenizer, test, kept=Answers(path, "another checkpoint"))
+    assert len(asked) == 1 + len(test)
+
+
+def test_needles_have_the_length_and_hold_the_answer_once(micro_tokenizer):
+    rng = random.Random(0)
+    for lang in ("en", "th"):
+        for depth, (low, high) in ((0.0, (0.0, 0.1)), (1.0, (0.5, 1.0))):
+            prompt, answer = needle(micro_tokenizer, lang, rng, 300, depth)
+            name = prompt.rpartition("\n\n")[2]
+            assert prompt.count(name) == 2 and low <= prompt.index(name) / len(prompt) <= high
+            assert prompt[prompt.index(name) + len(name) :].startswith(answer)
+            assert 280 <= len(micro_tokenizer.encode(prompt + answer)) <= 310
+        prompt, answer = line_retrieval(micro_tokenizer, lang, rng, 300)
+        name = prompt.rpartition("\n\n")[2]
+        assert prompt.count(name + answer) == 1 and len(micro_tokenizer.encode(prompt + answer)) <= 310
+
+
+def test_retrieval_counts_what_is_found(micro_model, micro_tokenizer, monkeypatch):
+    assert retrieval(micro_model, micro_tokenizer, (64,), n=2) == ([[0.0] * 5], [0.0])
+    monkeypatch.setattr("evaluate.score_continuations", lambda model, tokenizer, pairs: [(0.0, i % 2 == 0) for i in range(len(pairs))])
+    assert retrieval(micro_model, micro_tokenizer, (64, 128), n=2) == ([[0.5] * 5] * 2, [0.5] * 2)
+
+
+def test_samples(micro_model, micro_tokenizer, monkeypatch):
+    from generate import Completion
+
+    test = [{"task": "t", "messages": [{"role": "user", "content": "?"}], "answer": "7", "scorer": "number"}] * 2
+    texts = ["7", "7", "8", "<think>6 + 1</think> 7", "8", "8", "9", "7"]
+    monkeypatch.setattr("evaluate.generate", lambda *_: [Completion(text, [], [], True) for text in texts])
+    assert best_of_samples(micro_model, micro_tokenizer, test, 4) == {"mean@1": 0.5, "majority@4": 0.5, "pass@4": 1.0}
+
+
+def test_every_fault_of_a_task_file_has_its_line(tmp_path):
+    good = {"id": "a", "messages": [{"role": "user", "content": "q"}], "answer": "yes"}
+    lines = [
+        good, "{", [1], {"answer": "x"}, {**good, "id": "b", "answer": " "}, {**good, "id": "c", "scorer": "guess"}, {**good}, "",
+        {**good, "id": "d", "messages": [{"role": "buyer", "content": "q"}]}, {**good, "id": "e", "choices": ["no"]},
+        {**good, "id": "f", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, {**good, "id": 3},
+        {**good, "id": "g", "think": 3},
+    ]  # fmt: skip
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    with pytest.raises(ValueError) as error:
+        read_tasks(str(path))
+    found = [line.removeprefix(f"{path}:") for line in str(error.value).split("\n")]
+    expected = {
+        2: "malformed JSON", 3: "expected a JSON object", 4: 'field "messages"', 5: 'field "answer"', 6: "unknown scorer 'guess'",
+        7: "id 'a' is also the id of line 1", 9: "a message needs a role", 10: 'field "choices"', 11: "the last message", 12: 'field "id"',
+        13: 'field "think"',
+    }  # fmt: skip
+    assert [int(line.split(":")[0]) for line in found] == list(expected)
+    assert all(message in line for line, message in zip(found, expected.values(), strict=True))
