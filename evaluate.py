@@ -74,9 +74,9 @@ def multiple_choice(model, tokenizer, tasks):
 DEPTHS, NEEDLES = (0.0, 0.25, 0.5, 0.75, 1.0), 8  # where needles are hidden, how many a cell
 
 
-def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES):
+def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES, langs=LANGUAGES):
     """(needles[length][depth], lines[length]): shares of needles found greedily in texts of so many tokens (data/needles.py)."""
-    rng, langs = random.Random(f"needles-{seed}"), itertools.cycle(LANGUAGES)
+    rng, langs = random.Random(f"needles-{seed}"), itertools.cycle(langs)
     cells = [(length, depth) for length in lengths for depth in (*DEPTHS, None)]
     pairs = []
     for length, depth in cells:

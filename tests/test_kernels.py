@@ -256,7 +256,7 @@ FP8 = {"x": "*fp8e4nv", "x_scale": "*fp32", "weight": "*fp8e4nv", "weight_scale"
 @pytest.mark.parametrize("arch,int4,fp8", [(80, r"\bHMMA", None), (90, r"\bHGMMA", r"\bQGMMA"), (100, r"\bUTCHMMA", r"\bUTCQMMA")])
 def test_gemms_use_the_tensor_cores(arch, int4, fp8):
     """Every tile that the tuner may choose: no spill, 16-byte copies to shared memory or TMA, the tensor-core instruction."""
-    for bm in (16, 128):
+    for bm in (16, 64, 128):
         for bf, bd, warps, stages in kernels.TILES[bm]:
             kinds = [(kernels.int4_kernel, INT4, {"GROUP": 128}, int4)]
             if fp8:

@@ -1,0 +1,131 @@
+"""Does the long stage with a larger RoPE base (ABF) make long texts usable, and what does it cost on short ones? (v2 §2.3.)
+
+One model learns to find parcels in texts of 256 tokens, beside plain documents, and is then taken through the long stage
+(1024 tokens) three ways: not at all, with the RoPE base unchanged, and with ABF (base 1e6). Each is asked for a parcel
+hidden at five depths, and for one line of many, in texts from 128 to 2048 tokens; and its bits per byte on short
+documents are measured. English only, because retrieval from scratch takes long; the cities to be found have weight 1,
+plain text 0.1. Three seeds of initialisation and data.
+
+    python -m benchmarks.long_context      # about 25 minutes on two cores
+"""
+
+import dataclasses
+import json
+import os
+import random
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+from benchmarks.vocabulary import RESULTS
+from compass import CONFIGS, Compass
+from data import market
+from evaluate import DEPTHS, bits_per_byte, retrieval
+from tokenizer import train as train_tokenizer
+from train import RECIPES, Tokenised, TokenRows, _train_step, assemble, language_model_loss, lr_at, make_optimizer
+
+SEEDS, STEPS, LONG_STEPS = 3, 2000, 150
+LENGTHS = (128, 256, 512, 1024, 1536, 2048)
+
+
+def retrieval_row(tokenizer, rng, length):
+    """[(ids, mask), …] filling one row: lines and pages, then all the lines once more; only the repeated cities are to be predicted."""
+    row, room = [], length
+    while room > 40:
+        entries = rng.randint(2, 8)
+        size = rng.randint(40, room)
+        lines = market.ledger_lines("en", rng, entries)
+        body, used = list(lines), 2 * sum(len(tokenizer.encode(line)) + 2 for line in lines)
+        while used < size:
+            body.append(market.page(market.draw_product(rng, "train"), "en", rng, "train"))
+            used += len(tokenizer.encode(body[-1])) + 2
+        rng.shuffle(body)
+        ids = tokenizer.encode("\n\n".join(body))
+        mask = [0] * len(ids)
+        for line in rng.sample(lines, entries):
+            name, city = line.split(":")
+            asked, answer = tokenizer.encode("\n\n" + name + ":"), tokenizer.encode(city)
+            ids, mask = ids + asked + answer, mask + [0.05] * len(asked) + [1] * len(answer)
+        if len(ids) > room:
+            continue
+        row.append((ids, mask))
+        room -= len(ids)
+    return row
+
+
+def train_stage(model, stage, tokenised, tokenizer, steps, seed):
+    """A quarter of the rows are plain documents, the others exercises in finding."""
+    recipe = RECIPES["tiny"][stage]
+    schedule = recipe.schedule._replace(steps=steps)
+    plain, quarter = TokenRows(tokenised, recipe.seq_len, seed), max(1, recipe.rows // 4)
+    optimizer = make_optimizer(model.train())
+    bar = tqdm(range(steps), desc=stage, mininterval=5)
+    for step in bar:
+        rng = random.Random(f"{seed}-{stage}-{step}")
+        rows = [[(ids, 0.1 * mask) for ids, mask in plain.row(i)] for i in range(step * quarter, (step + 1) * quarter)]
+        rows += [retrieval_row(tokenizer, rng, recipe.seq_len) for _ in range(recipe.rows - quarter)]
+        batch = assemble(rows, recipe.seq_len)
+        loss, *_ = _train_step(model, optimizer, [batch], language_model_loss, lr_at(step, schedule), torch.device("cpu"))
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    return model.eval()
+
+
+def measure(model, tokenizer, held, seed):
+    needles, lines = retrieval(model, tokenizer, LENGTHS, seed=seed, n=20, langs=("en",))
+    return {"needles": needles, "lines": lines, "bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values())))}
+
+
+def one_seed(tokenised, tokenizer, held, seed):
+    """{way through the long stage: figures}."""
+    torch.manual_seed(seed)
+    short = train_stage(Compass(CONFIGS["tiny"]), "general", tokenised, tokenizer, STEPS, seed)
+    figures = {"no long stage": measure(short, tokenizer, held, seed)}
+    for name, base in (("long, base 1e4", 1e4), ("long, base 1e6 (ABF)", 1e6)):
+        model = Compass(dataclasses.replace(short.config, rope_base=base))
+        model.load_state_dict(short.state_dict())
+        figures[name] = measure(train_stage(model, "long", tokenised, tokenizer, LONG_STEPS, seed), tokenizer, held, seed)
+    return figures
+
+
+def plot(results, path):
+    """A heat map for each way, mean over seeds: depth by length, line retrieval below."""
+    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.2), sharey=True)
+    for axis, (name, runs) in zip(axes, results.items(), strict=True):
+        grid = np.vstack([np.mean([run["needles"] for run in runs], axis=0).T, np.mean([run["lines"] for run in runs], axis=0)])
+        axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
+            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
+        axis.set_xticks(range(len(LENGTHS)), LENGTHS)
+        axis.set_yticks(range(len(grid)), [*(f"{100 * depth:.0f} %" for depth in DEPTHS), "lines"])
+        axis.set(title=name, xlabel="tokens")
+    axes[0].set_ylabel("depth of the needle")
+    figure.suptitle("needles found, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    cli.parse(__doc__)
+    documents = [document for document in market.documents("general", 0, per_language=3000) if document["lang"] == "en"]
+    held = [document for document in market.documents("general", 0, "test", per_language=100) if document["lang"] == "en"]
+    tokenizer = train_tokenizer(documents, CONFIGS["tiny"].vocab_size)
+    tokenised, results = Tokenised(documents, tokenizer), {}
+    for seed in range(SEEDS):
+        for name, figures in one_seed(tokenised, tokenizer, held, seed).items():
+            results.setdefault(name, []).append(figures)
+            by_length = np.mean(figures["needles"], axis=1)
+            print(f"seed {seed}, {name}: bits per byte {figures['bits']:.4f}; needles", *(f"{value:.2f}" for value in by_length),
+                  "; lines", *(f"{value:.2f}" for value in figures["lines"]), flush=True)  # fmt: skip
+        with open(os.path.join(RESULTS, "long_context.json"), "w") as file:
+            json.dump({"lengths": LENGTHS, "depths": DEPTHS, "runs": results}, file)
+        plot(results, os.path.join(RESULTS, "long_context.png"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,128 @@
+"""Instruction tuning in parts: one stage or two, whose prompts to train on (v3's mixed loss), and what long thoughts cost the rest.
+
+    stages   sft1 then sft2, against everything at once for as many steps
+    loss     sft1 with the loss on answers only, and on the whole conversation of e-commerce, of the rest, of both
+    thoughts sft2 with chains of thought, against sft2 with direct answers only
+
+Each seed (initialisation and data order) trains its own base and then every arm from it, on two of the eight languages. Accuracy
+is measured on held-out tasks, ten of each kind and language, thinking where an arm has learnt it; differences are
+paired by seed. Finished arms are kept in benchmarks/results/tuning.jsonl and not repeated.
+
+    python -m benchmarks.tuning      # about 25 minutes on two cores
+"""
+
+import copy
+import json
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+from benchmarks.vocabulary import RESULTS
+from compass import CONFIGS, Compass
+from data import market
+from data.tasks import fingerprint, tasks, training
+from evaluate import accuracy, answer_tasks, thinking_switch
+from sft import FULL, STAGES, Chats, curriculum, sft_loss
+from tokenizer import train as train_tokenizer
+from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
+
+LANGS, SEEDS, SFT1, SFT2 = ("en", "id"), 3, 600, 300
+LOG = os.path.join(RESULTS, "tuning.jsonl")
+
+
+def train(model, batches, loss_fn, schedule, name):
+    optimizer = make_optimizer(model.train())
+    for step in tqdm(range(schedule.steps), desc=name, mininterval=5, leave=False):
+        first, final = schedule.router
+        model.router_scale = first + (final - first) * step / max(1, schedule.steps - 1)
+        _train_step(model, optimizer, batches(step), loss_fn, lr_at(step, schedule), torch.device("cpu"))
+    return model.eval()
+
+
+def base_model(documents, tokenizer, seed):
+    torch.manual_seed(seed)
+    model = Compass(CONFIGS["tiny"])
+    for stage in ("general", "anneal"):
+        recipe = RECIPES["tiny"][stage]
+        rows = TokenRows(Tokenised(documents[stage], tokenizer), recipe.seq_len, seed)
+        train(model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, recipe.schedule, f"{stage} {seed}")
+    model.config.max_seq_len = 1024
+    return model
+
+
+def tuned(model, stage, chosen, steps, tokenizer, seed, full="none"):
+    """A copy of the model after `steps` of a stage on the chosen conversations."""
+    chats = Chats(chosen, tokenizer, 1024, seed, full=FULL[full])
+    return train(copy.deepcopy(model), chats.batch, sft_loss, STAGES[stage][1]._replace(steps=steps), f"{stage} {full} {seed}")
+
+
+def figures(model, tokenizer, test, thinking):
+    """Shares of the held-out tasks: all, by group, those that need no thought, and reasoning with the switch on and off."""
+
+    def ask(asked, thinking):
+        return answer_tasks(model, tokenizer, asked, thinking=thinking)
+
+    def score(asked, on):
+        return accuracy(asked, [answer for _, answer in ask(asked, on)])
+
+    whole, switch = score(test, thinking), thinking_switch(test, ask)
+    direct, reasoning = ([task for task in test if ("think" in task) == thinks] for thinks in (False, True))
+    general = {**score(direct, False)["by_group"], "all": score(direct, False)["overall"]}
+    made = {"all": whole["overall"], **whole["by_group"], "direct": general["all"], "general direct": general["general"]}
+    for name in ("on", "off"):
+        made[f"reasoning {name}"] = score(reasoning, name == "on")["overall"]
+        made[f"numerical {name}"] = switch[name]["accuracy"]["numerical_reasoning"]
+        made |= {f"{key} {name}": switch[name][key] for key in ("with_thought", "characters")}
+    return made
+
+
+def arms(model, examples, tokenizer, seed):
+    """Yield (arm, model, thinking); later arms start from earlier ones."""
+    direct, second = curriculum("sft1", examples, seed), curriculum("sft2", examples, seed)
+    sft1 = tuned(model, "sft1", direct, SFT1, tokenizer, seed)
+    yield "sft1, answers only", sft1, False
+    yield "sft1 then sft2", tuned(sft1, "sft2", second, SFT2, tokenizer, seed), True
+    yield "sft1 then sft2 without thoughts", tuned(sft1, "sft2", [(t, False) for t, _ in second], SFT2, tokenizer, seed), False
+    yield "one stage", tuned(model, "sft1", direct + second, SFT1 + SFT2, tokenizer, seed), True
+    for full in ("e-commerce", "general", "all"):
+        yield f"sft1, full loss on {full}", tuned(model, "sft1", direct, SFT1, tokenizer, seed, full), False
+
+
+def main():
+    cli.parse(__doc__)
+    documents = {
+        stage: [d for d in market.documents(stage, 0) if d["lang"] in LANGS] for stage in ("general", "anneal")
+    }  # fmt: skip
+    tokenizer = train_tokenizer(documents["general"], CONFIGS["tiny"].vocab_size)
+    examples = [task for task in training(0, 7000) if task["id"].split("-")[1] in LANGS]
+    test = [task for task in tasks("test", 0, 10) if task["lang"] in LANGS]
+    runs = []
+    if os.path.exists(LOG):
+        with open(LOG) as file:
+            runs = [json.loads(line) for line in file]
+    for seed in range(SEEDS):
+        if sum(run["seed"] == seed for run in runs) == 7:
+            continue
+        runs = [run for run in runs if run["seed"] != seed]
+        for arm, model, thinking in arms(base_model(documents, tokenizer, seed), examples, tokenizer, seed):
+            runs.append({"arm": arm, "seed": seed, **figures(model, tokenizer, test, thinking)})
+            print(json.dumps(runs[-1]), flush=True)
+        with open(LOG, "w") as file:
+            file.writelines(json.dumps(run) + "\n" for run in runs)
+    reference = {run["seed"]: run for run in runs if run["arm"] == "sft1, answers only"}
+    table = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        mine = [run for run in runs if run["arm"] == arm]
+        names = [name for name in mine[0] if name not in ("arm", "seed")]
+        table[arm] = {name: [run[name] for run in mine] for name in names}
+        table[arm]["all against sft1"] = [run["all"] - reference[run["seed"]]["all"] for run in mine]
+        print(f"{arm:34}", "  ".join(f"{name} {np.mean(v):.3f}±{np.std(v, ddof=1):.3f}" for name, v in table[arm].items()))
+    with open(os.path.join(RESULTS, "tuning.json"), "w") as file:
+        json.dump({"tasks_hash": fingerprint(test), "languages": LANGS, "arms": table}, file, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
