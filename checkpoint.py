@@ -24,7 +24,7 @@ from compass import Compass, CompassConfig
 # in training order; the command that makes each stage
 STAGES = {
     "general": "python train.py", "anneal": "python train.py --stage anneal", "long": "python train.py --stage long",
-    "sft1": "python sft.py", "sft2": "python sft.py --stage sft2",
+    "sft1": "python sft.py", "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
 
@@ -100,11 +100,11 @@ def load_latest(run, stage, device="cpu"):
     raise InputError(f"{run}/{stage} {problem}: run `{STAGES.get(stage, 'python train.py')} --run {run}` first")
 
 
-def latest_stage(run):
-    """The last stage in training order that has a checkpoint."""
-    done = [stage for stage in STAGES if checkpoints(run, stage)]
+def latest_stage(run, among=STAGES):
+    """The last of some stages, in training order, that has a checkpoint."""
+    done = [stage for stage in among if checkpoints(run, stage)]
     if not done:
-        raise InputError(f"{run} holds no checkpoint: run `python train.py --run {run}` first")
+        raise InputError(f"{run} holds no checkpoint of {', '.join(among)}: run `{STAGES[list(among)[0]]} --run {run}` first")
     return done[-1]
 
 

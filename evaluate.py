@@ -33,7 +33,8 @@ from data.tasks import ECOMMERCE, fingerprint, tasks
 from generate import GREEDY, Sampling, generate, load_for_inference, split_thought
 from report import plot_accuracy, plot_load, plot_losses, plot_needles, stage_losses, write_report
 
-BASE = "long"  # the last pre-training stage answers plain text, not chats
+PRETRAINING = ("general", "anneal", "long")  # these answer plain text, not chats; the last one is evaluated
+BASE = PRETRAINING[-1]
 
 
 @torch.inference_mode()
@@ -263,11 +264,11 @@ def evaluate_stages(run, device, test, documents, samples):
     """Figures of every evaluated stage of the run, as the dict that report.py shows, and sample chats."""
     report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}}
     chats = ""
-    stages = [stage for stage in (BASE, "sft1", "sft2") if checkpoints(run, stage)] or [latest_stage(run)]
+    stages = [stage for stage in (BASE, "sft1", "sft2", "dpo", "otpo") if checkpoints(run, stage)] or [latest_stage(run)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)
         kept = Answers(os.path.join(run, "answers.jsonl"), checksum(checkpoints(run, stage)[0]))
-        plain, thinks = not stage.startswith("sft"), stage == "sft2"
+        plain, thinks = stage in PRETRAINING, stage not in (*PRETRAINING, "sft1")
         ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
         report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
         report["accuracy"][stage] = accuracy(test, [answer for _, answer in ask(test, thinking=thinks)])
