@@ -45,13 +45,14 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 
 
 class Schedule(NamedTuple):
-    """Learning rate in optimizer steps: linear warm-up to peak, cosine to final. router: scale of alpha and beta."""
+    """Learning rate in optimizer steps: linear warm-up to peak, cosine or a line to final. router: scale of alpha and beta."""
 
     steps: int
     peak: float
     final: float
     warmup: int = 0
     router: tuple = (1.0, 1.0)  # at the first and the last step, linear between
+    shape: str = "cosine"  # or "linear"
 
 
 def lr_at(step, schedule):
@@ -59,7 +60,8 @@ def lr_at(step, schedule):
     if step < schedule.warmup:
         return schedule.peak * (step + 1) / schedule.warmup
     progress = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))
-    return schedule.final + (schedule.peak - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if schedule.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.final + (schedule.peak - schedule.final) * left
 
 
 class Recipe(NamedTuple):

@@ -124,25 +124,25 @@ def plot(table, path):
     tiny = table["shape"]["fine-grained, 16 of 64 top-4 + 2 shared"]
     figure, axes = plt.subplots(2, 2, figsize=(12, 7))
 
-    def bars(axis, rows, figure_name, title):
+    def dots(axis, rows, figure_name, title):
         means, spreads = zip(*(row[figure_name] for row in rows.values()), strict=True)
-        axis.barh(range(len(rows)), means, xerr=spreads, color="tab:blue", capsize=3)
+        axis.errorbar(means, range(len(rows)), xerr=spreads, fmt="o", color="tab:blue", capsize=3)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axis.invert_yaxis()
-        axis.set(title=title, xlim=(min(means) - 4 * max(spreads) - 0.01, max(means) + 4 * max(spreads)))
+        axis.set(title=title, ylim=(len(rows) - 0.5, -0.5))
+        axis.grid(axis="x", alpha=0.4)
 
-    bars(axes[0, 0], table["shape"], "bits against tiny", "bits per byte against tiny, equal active size")
-    bars(axes[0, 1], {"aux and z": tiny, **table["losses"]}, "entropy", "entropy of expert load (1 is even)")
+    dots(axes[0, 0], table["shape"], "bits against tiny", "bits per byte against tiny, equal active size")
+    dots(axes[0, 1], {"aux and z": tiny, **table["losses"]}, "entropy", "entropy of expert load (1 is even)")
     grid = {**table["grid"], "16 experts, top-4": tiny}
     bits = np.array([[grid[f"{E} experts, top-{K}"]["bits"][0] for K in (1, 2, 4)] for E in (4, 8, 16, 32)])
     axes[1, 0].imshow(bits, cmap="YlGn_r", aspect="auto")
     for (i, j), value in np.ndenumerate(bits):
-        axes[1, 0].text(j, i, f"{value:.3f}", ha="center", va="center")
+        axes[1, 0].text(j, i, f"{value:.3f}", ha="center", va="center", color="w" if value < 1.58 else "k")
     axes[1, 0].set_xticks(range(3), ["top-1", "top-2", "top-4"])
     axes[1, 0].set_yticks(range(4), ["4 experts", "8", "16", "32"])
     axes[1, 0].set_title("bits per byte, equal expert width")
     sizes = {"16 of 64, top-4": tiny, "8 of 128, top-2": table["v3"]["tiny_v3 without MTP"]}
-    bars(axes[1, 1], sizes, "ms", "ms a training step, equal size")
+    dots(axes[1, 1], sizes, "ms", "ms a training step, equal size")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -48,6 +48,7 @@ def test_learning_rate_by_hand():
     schedule = Schedule(steps=110, peak=1.0, final=0.1, warmup=10)
     assert lr_at(0, schedule) == pytest.approx(0.1) and lr_at(9, schedule) == pytest.approx(1.0)
     assert lr_at(60, schedule) == pytest.approx(0.55) and lr_at(110, schedule) == pytest.approx(0.1)
+    assert lr_at(35, schedule) > 0.8 and lr_at(35, schedule._replace(shape="linear")) == pytest.approx(0.775)
 
 
 def test_full_recipes_are_the_papers():

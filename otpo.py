@@ -1,0 +1,114 @@
+"""OTPO: optimal-transport token weights inside the DPO loss (v3 §4; arXiv 2505.18720).
+
+DPO sums the log-probabilities of all answer tokens, so a long answer weighs more than a short one and tokens that carry
+the preference count no more than the others. OTPO transports the tokens of the chosen answer to those of the rejected one, at a cost that
+is the distance of their hidden states, and lets every token weigh what the plan moves through it. Both answers
+then weigh min(|y_c|, |y_r|) in all, so length no longer pays. Transport gives tokens that find a partner in
+the other answer more mass than tokens that do not: look at the picture before believing what a token's weight means.
+
+Shapes: B pairs, T chosen tokens, S rejected tokens, D model width. Masks are 1 on answer tokens.
+
+    python otpo.py                                     # laptop: tunes runs/demo on the embedded pairs
+    python otpo.py --data pairs.jsonl --run runs/small --device cuda
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import cli
+from cli import InputError
+from dpo import BETA, preference_metrics, token_logprobs, tune
+
+
+def sinkhorn(cost_BTS, mass_BT, mass_BS, reg, reg_marginal, sweeps):
+    """Unbalanced entropic transport, one solve for the whole batch -> plan_BTS.
+
+    argmin_G <G, M> + reg Σ (G log G - G) + reg_marginal [KL(G1 | a) + KL(G'1 | b)]   (arXiv 2505.18720)
+
+    by alternating scaling in the log domain; a and b are the masses, 0 on padding. Each sweep shrinks the error of the
+    potentials by f², f = reg_marginal / (reg_marginal + reg). Raises InputError where reg is below 0.05.
+    """
+    if reg < 0.05:
+        raise InputError(f"reg is {reg}; below 0.05 the sweeps do not converge in fp32")
+    f = reg_marginal / (reg_marginal + reg)
+    log_kernel_BTS, log_a_BT, log_b_BS = -cost_BTS / reg, mass_BT.log(), mass_BS.log()
+    lv_BS = torch.zeros_like(log_b_BS).masked_fill(mass_BS == 0, -torch.inf)
+    for _ in range(sweeps):
+        lu_BT = f * (log_a_BT - (log_kernel_BTS + lv_BS.unsqueeze(1)).logsumexp(2))
+        lv_BS = f * (log_b_BS - (log_kernel_BTS + lu_BT.unsqueeze(2)).logsumexp(1))
+    return (lu_BT.unsqueeze(2) + log_kernel_BTS + lv_BS.unsqueeze(1)).exp()
+
+
+def sweeps_for(reg, reg_marginal, tolerance=1e-12):
+    """Sweeps after which f² has shrunk the error of the potentials by `tolerance`: 8 at the defaults, 35 at reg 0.1."""
+    return math.ceil(math.log(tolerance) / (2 * math.log(reg_marginal / (reg_marginal + reg))))
+
+
+@torch.no_grad()
+def ot_token_weights(hidden_chosen_BTD, hidden_rejected_BSD, mask_chosen_BT, mask_rejected_BS, reg=1.0, reg_marginal=0.2):
+    """Weights of the answer tokens, (w_chosen_BT, w_rejected_BS), fp32 or wider, without gradient; 0 on padding.
+
+    The cost is the Euclidean distance of the policy's states after the final norm, at the positions that predict the tokens, divided by its
+    largest value in the pair where that exceeds 1. Each side's weights sum to min(|y_c|, |y_r|). Raises
+    InputError naming a pair with an empty answer.
+    """
+    wide = torch.promote_types(hidden_chosen_BTD.dtype, torch.float32)
+    a_BT, b_BS = mask_chosen_BT.to(wide), mask_rejected_BS.to(wide)
+    tau_B1 = torch.minimum(a_BT.sum(1), b_BS.sum(1)).unsqueeze(1)
+    if not bool((tau_B1 > 0).all()):
+        raise InputError(f"pair {int((tau_B1 == 0).nonzero()[0, 0])} has an empty answer")
+    cost_BTS = torch.cdist(hidden_chosen_BTD.to(wide), hidden_rejected_BSD.to(wide), compute_mode="donot_use_mm_for_euclid_dist")
+    cost_BTS = cost_BTS.masked_fill((a_BT.unsqueeze(2) * b_BS.unsqueeze(1)) == 0, 0.0)
+    cost_BTS = cost_BTS / cost_BTS.amax((1, 2), keepdim=True).clamp_min(1.0)
+    plan_BTS = sinkhorn(cost_BTS, a_BT, b_BS, reg, reg_marginal, sweeps_for(reg, reg_marginal))
+    moved_B1 = plan_BTS.sum((1, 2)).unsqueeze(1)
+    return tau_B1 * plan_BTS.sum(2) / moved_B1, tau_B1 * plan_BTS.sum(1) / moved_B1
+
+
+def uniform_weights(mask_chosen_BT, mask_rejected_BS):
+    """The ablation without transport: every token of an answer weighs min(|y_c|, |y_r|) / its length."""
+    a_BT, b_BS = mask_chosen_BT.float(), mask_rejected_BS.float()
+    tau_B1 = torch.minimum(a_BT.sum(1), b_BS.sum(1)).unsqueeze(1)
+    return a_BT * tau_B1 / a_BT.sum(1, keepdim=True), b_BS * tau_B1 / b_BS.sum(1, keepdim=True)
+
+
+def otpo_loss(policy_chosen_BT, policy_rejected_BS, ref_chosen_BT, ref_rejected_BS, w_chosen_BT, w_rejected_BS, beta):
+    """-log σ(β [Σ w_c q_c - Σ w_r q_r]), q the policy's minus the reference's log-probability of a token (arXiv 2505.18720).
+
+    Returns (mean loss, chosen_rewards_B, rejected_rewards_B), rewards β Σ w q detached. All-ones weights (on the masks) give `dpo_loss`.
+    """
+    chosen_B = beta * ((policy_chosen_BT - ref_chosen_BT) * w_chosen_BT).sum(1)
+    rejected_B = beta * ((policy_rejected_BS - ref_rejected_BS) * w_rejected_BS).sum(1)
+    return -F.logsigmoid(chosen_B - rejected_B).mean(), chosen_B.detach(), rejected_B.detach()
+
+
+def otpo_objective(beta, weights="transport"):
+    """The loss function for `fit`. weights: "transport", or the ablations "uniform" and "ones" (which is DPO)."""
+
+    def loss_fn(model, batch):
+        logp_BT, hidden_BTD = token_logprobs(model, batch["tokens"], batch["mask"], doc_ids_BT=batch["doc_ids"], return_hidden=True)
+        masks = batch["mask"].float().chunk(2)
+        if weights == "transport":
+            w_chosen, w_rejected = ot_token_weights(*hidden_BTD.chunk(2), *masks)
+        else:
+            w_chosen, w_rejected = uniform_weights(*masks) if weights == "uniform" else masks
+        loss, chosen_B, rejected_B = otpo_loss(*logp_BT.chunk(2), *batch["reference"].chunk(2), w_chosen, w_rejected, beta)
+        return loss, preference_metrics(logp_BT, batch, chosen_B, rejected_B)
+
+    return loss_fn
+
+
+def main():
+    args = cli.parse(
+        __doc__, "data", "run", "steps", "resume", "device", "seed",
+        data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
+        beta=dict(type=float, default=BETA, help="strength of the pull towards the reference"),
+        weights=dict(default="transport", choices=("transport", "uniform", "ones"), help="token weights; the last two are ablations"),
+    )  # fmt: skip
+    tune("otpo", otpo_objective(args.beta, args.weights), args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

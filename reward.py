@@ -1,0 +1,216 @@
+"""The reward model: a scalar head on Compass that scores an answer, trained on preferences (v2 §4.1).
+
+Bradley-Terry: the probability that the chosen answer beats the rejected one is σ(r_c - r_r). Several runs (epochs, learning rates,
+schedules) start from one shared head, so that their weights may be averaged; the average is chosen and reported by Best-of-N.
+
+    python reward.py                                     # laptop: reward model of runs/demo on the embedded pairs
+    python reward.py --data pairs.jsonl --run runs/small --device cuda
+"""
+
+import math
+import os
+import random
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cli
+from checkpoint import inherit, latest_stage, load_latest, load_model, save_checkpoint
+from cli import InputError
+from compass import Compass, CompassConfig
+from data.preferences import preferences
+from data.reader import read_jsonl
+from tokenizer import Tokenizer
+from train import Schedule, finished, fit
+
+# (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
+# not which four of the eight
+MEMBERS = ((1, 3e-4, "cosine"), (1, 1e-4, "linear"), (2, 3e-4, "linear"), (2, 1e-4, "cosine"))
+PAIRS = 8  # a step
+PER_LANGUAGE = 300  # embedded pairs
+
+
+def bradley_terry_loss(chosen_B, rejected_B, margin=0.0, centring=0.0):
+    """-log σ(r_c - r_r - margin) + centring (r_c + r_r)², means over B. The loss leaves the rewards' zero free; centring holds it."""
+    loss = -F.logsigmoid(chosen_B - rejected_B - margin).mean()
+    return loss + centring * (chosen_B + rejected_B).square().mean()
+
+
+def average_weights(state_dicts):
+    """The mean of several state dicts of one architecture, each tensor in its own dtype. Raises ValueError where names or shapes differ."""
+    first = state_dicts[0]
+    for other in state_dicts[1:]:
+        differing = first.keys() ^ other.keys() or {name for name in first if first[name].shape != other[name].shape}
+        if differing:
+            raise ValueError(f"state dicts differ in {sorted(differing)[0]}")
+    return {name: torch.stack([state[name].double() for state in state_dicts]).mean(0).to(first[name].dtype) for name in first}
+
+
+def best_of_n(rewards_PN, correct_PN):
+    """{n: accuracy of the answer with the highest reward among n}, for n = 1, 2, 4, … N, exactly over all subsets of size n.
+
+    Of P prompts with N sampled answers each: an answer is picked from a random subset of n when it is in it and no better one is, which has
+    probability C(N - 1 - rank, n - 1) / C(N, n). Ties go to the earlier answer.
+    """
+    N = rewards_PN.shape[1]
+    order_PN = rewards_PN.argsort(dim=1, descending=True, stable=True)
+    ranked_PN = correct_PN.double().gather(1, order_PN)
+    result, n = {}, 1
+    while n <= N:
+        chance_N = torch.tensor([math.comb(N - 1 - rank, n - 1) / math.comb(N, n) for rank in range(N)], dtype=torch.float64)
+        result[n] = (ranked_PN * chance_N).sum(1).mean().item()
+        n *= 2
+    return result
+
+
+class RewardModel(nn.Module):
+    """Compass with a scalar head on the final state of a row's last token. Members of one seed share the head they start from."""
+
+    def __init__(self, backbone, seed=0):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+        self.value = nn.Linear(backbone.config.dim, 1, bias=False)
+        nn.init.normal_(self.value.weight, std=backbone.config.dim**-0.5, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, tokens_BT, doc_ids_BT):
+        """rewards_B of whole conversations; doc_ids is -1 on the padding behind them."""
+        h_BTD = self.backbone.norm(self.backbone.hidden(tokens_BT, doc_ids_BT=doc_ids_BT)[0])
+        last_B = (doc_ids_BT >= 0).sum(1) - 1
+        return self.value(h_BTD[torch.arange(len(last_B), device=last_B.device), last_B]).squeeze(1).float()
+
+
+def reward_loss(model, batch):
+    """The loss function for `fit`."""
+    chosen_B, rejected_B = model(batch["tokens"], batch["doc_ids"]).chunk(2)
+    return bradley_terry_loss(chosen_B, rejected_B), {"accuracy": (chosen_B > rejected_B).float().mean()}
+
+
+def read_pairs(path):
+    """Pairs of a .jsonl file, {messages, chosen, rejected} a line; a line that is none is an error with its number."""
+    if not os.path.isfile(path):
+        raise InputError(f"--data {path}: no such file of pairs")
+    pairs = []
+    for number, pair in read_jsonl(path):
+        for field, kind in (("messages", list), ("chosen", str), ("rejected", str)):
+            if not isinstance(pair.get(field), kind):
+                raise InputError(f'{path}:{number}: field "{field}" is missing or no {kind.__name__}')
+        pairs.append({"id": str(number), **pair})
+    if not pairs:
+        raise InputError(f"{path}: empty file")
+    return pairs
+
+
+class Pairs:
+    """Encoded pairs; `batch(step)` is a pure function of (seed, step). What cannot be trained on is counted in `left_out` and printed.
+
+    A pair is left out when its answers are equal, one is empty, or one does not fit the context with its prompt.
+    """
+
+    def __init__(self, pairs, tokenizer, context, seed):
+        self.rows, self.seed, self.left_out, self.epoch = [], seed, Counter(), None
+        for pair in pairs:
+            sides = [
+                tokenizer.encode_chat([*pair["messages"], {"role": "assistant", "content": pair[side]}]) for side in ("chosen", "rejected")
+            ]  # fmt: skip
+            prompt = len(tokenizer.encode_chat(pair["messages"])[0])
+            sides = [(ids, [0] * prompt + mask[prompt:]) for ids, mask in sides]  # earlier answers of the chat are not judged
+            if pair["chosen"].strip() == pair["rejected"].strip():
+                self.left_out["identical answers"] += 1
+            elif not pair["chosen"].strip() or not pair["rejected"].strip():
+                self.left_out["an empty answer"] += 1
+            elif max(len(ids) for ids, _ in sides) > context:
+                self.left_out[f"longer than the context of {context}"] += 1
+            else:
+                self.rows.append(sides)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items()) or "none"
+        print(f"{len(self.rows):,} pairs; left out: {reasons}")
+        if not self.rows:
+            raise InputError("no pair is left to train on")
+        self.reference = None
+
+    def assemble(self, chosen):
+        """The pairs with these indices as one batch: tokens, mask, doc_ids (2n, T), reference (2n, T) once known, weights (n,)."""
+        rows = [self.rows[i][side] for side in (0, 1) for i in chosen]
+        width = max(len(ids) for ids, _ in rows)
+        batch = {
+            "tokens": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
+            "mask": torch.tensor([mask + [0] * (width - len(mask)) for _, mask in rows]),
+            "doc_ids": torch.tensor([[0] * len(ids) + [-1] * (width - len(ids)) for ids, _ in rows]),
+            "weights": torch.ones(len(chosen)),
+        }
+        if self.reference is not None:
+            logps = [self.reference[i][side] for side in (0, 1) for i in chosen]
+            batch["reference"] = torch.stack([F.pad(logp, (0, width - len(logp))) for logp in logps])
+        return batch
+
+    def batch(self, step):
+        chosen = []
+        for i in range(step * PAIRS, (step + 1) * PAIRS):
+            epoch, place = divmod(i, len(self.rows))
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, list(range(len(self.rows)))
+                random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
+            chosen.append(self.order[place])
+        return [self.assemble(chosen)]
+
+
+def load_pairs(path, tokenizer, context, seed):
+    """The pairs of a file, or the embedded ones where path is None."""
+    return Pairs(read_pairs(path) if path else preferences("train", seed, PER_LANGUAGE), tokenizer, context, seed)
+
+
+@torch.no_grad()
+def pair_accuracy(model, pairs, rows=32):
+    """Share of pairs whose chosen answer gets the higher reward."""
+    right, device = 0, next(model.parameters()).device
+    for start in range(0, len(pairs.rows), rows):
+        batch = pairs.assemble(range(start, min(len(pairs.rows), start + rows)))
+        chosen_B, rejected_B = model(batch["tokens"].to(device), batch["doc_ids"].to(device)).chunk(2)
+        right += int((chosen_B > rejected_B).sum())
+    return right / len(pairs.rows)
+
+
+def load_reward_model(run, device, stage="reward"):
+    """(reward model in eval mode, its checkpoint's dict); stage "reward" is the average, "reward/1" … its members."""
+    state = load_latest(run, stage, device)
+    backbone = Compass(CompassConfig(**state["config"]))
+    model = RewardModel(backbone)
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state
+
+
+def main():
+    args = cli.parse(
+        __doc__, "data", "run", "steps", "resume", "device", "seed",
+        data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
+        steps=dict(help="optimizer steps of each member (default: its epochs)"),
+    )  # fmt: skip
+    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
+    state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
+    inherit(state, tokenizer)
+    pairs = load_pairs(args.data, tokenizer, state["config"]["max_seq_len"], args.seed)
+    held_out = Pairs(preferences("test", args.seed, 30), tokenizer, state["config"]["max_seq_len"], args.seed)
+    stages = [f"reward/{member}" for member in range(1, len(MEMBERS) + 1)]
+    for stage, (epochs, peak, shape) in zip(stages, MEMBERS, strict=True):
+        steps = args.steps or epochs * math.ceil(len(pairs.rows) / PAIRS)
+        if args.resume and finished(args.run, stage, steps):
+            print(f"{stage}: already finished")
+            continue
+        fit(
+            RewardModel(load_model(state, device), args.seed).to(device), pairs.batch, reward_loss,
+            Schedule(steps, peak, 0.0, steps // 20, shape=shape), run=args.run, stage=stage, tokenizer_hash=tokenizer.hash,
+            seed=args.seed, resume=args.resume,
+        )  # fmt: skip
+    average, last = load_reward_model(args.run, device, stages[0])
+    average.load_state_dict(average_weights([load_latest(args.run, stage, device)["model"] for stage in stages]))
+    path = os.path.join(args.run, "reward", f"step_{last['step']}.pt")
+    save_checkpoint(path, average, step=last["step"], stage="reward", tokenizer_hash=tokenizer.hash, seed=args.seed)
+    for stage in ("reward", *stages):
+        model, _ = load_reward_model(args.run, device, stage)
+        print(f"{stage:9} prefers the chosen answer in {100 * pair_accuracy(model, held_out):.1f} % of {len(held_out.rows)} held-out pairs")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,135 @@
+"""dpo.py: log-probabilities against whole logits, the loss against its closed form and trl's trainer, the choice of pairs by rule."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from data.preferences import preferences
+from dpo import add_reference, dpo_loss, dpo_objective, select_pair, token_logprobs
+from otpo import otpo_objective
+from reward import PAIRS, Pairs
+from train import _train_step, make_optimizer
+
+
+def test_token_logprobs_equal_whole_logits(micro_model):
+    tokens = torch.randint(0, 500, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 20)
+    mask[0, 5:9], mask[1, 0:3], mask[2, 19] = 1, 1, 1  # the first token of a row has nothing before it
+    logp, hidden = token_logprobs(micro_model, tokens, mask, return_hidden=True, rows=3)
+    logits = micro_model(tokens)
+    reference = torch.zeros(3, 20)
+    for b, t in [(0, 5), (0, 6), (0, 7), (0, 8), (1, 1), (1, 2), (2, 19)]:
+        reference[b, t] = logits[b, t - 1].log_softmax(-1)[tokens[b, t]]
+        torch.testing.assert_close(micro_model.head(hidden[b, t]), logits[b, t - 1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logp, reference, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(logp.sum(), micro_model.head.weight)[0]
+    theirs = torch.autograd.grad(reference.sum(), micro_model.head.weight)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_and_gradient_by_hand():
+    policy = [torch.tensor([-2.0, -1.0], requires_grad=True), torch.tensor([-3.0, -4.0], requires_grad=True)]
+    ref = torch.tensor([-2.5, -1.0]), torch.tensor([-2.0, -4.0])
+    loss, chosen, rejected = dpo_loss(*policy, *ref, beta=0.5)
+    # margins 0.5 (0.5 - -1) = 0.75 and 0: -log σ = log(1 + e^-0.75), log 2; d/dchosen = -β σ(-margin) / B
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-0.75)) + math.log(2)) / 2)
+    assert chosen.tolist() == [0.25, 0.0] and rejected.tolist() == [-0.5, 0.0] and not chosen.requires_grad
+    loss.backward()
+    expected = [-0.5 / (1 + math.exp(0.75)) / 2, -0.5 * 0.5 / 2]
+    assert policy[0].grad.tolist() == pytest.approx(expected) and policy[1].grad.tolist() == pytest.approx([-x for x in expected])
+
+
+def test_symmetry_and_start():
+    g = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(6, generator=g) for _ in range(4))
+    assert dpo_loss(a, b, a, b, 0.1)[0].item() == pytest.approx(math.log(2))
+    margin = 0.1 * ((a - c) - (b - d))
+    swapped = dpo_loss(b, a, d, c, 0.1)
+    assert (swapped[0] - dpo_loss(a, b, c, d, 0.1)[0]).item() == pytest.approx(margin.mean().item(), abs=1e-6)
+    torch.testing.assert_close(swapped[1], dpo_loss(a, b, c, d, 0.1)[2])
+    assert dpo_loss(a, b, c, d, 0.0)[0].item() == pytest.approx(math.log(2))
+
+
+def test_pairs_by_rule():
+    answers, rewards = ["a", "b", "c", "d"], [0.1, 0.9, 0.5, 0.2]
+    assert select_pair(answers, rewards) == ("b", "a")
+    assert select_pair(answers, rewards, correct=[False, False, True, True]) == ("c", "b")  # best right, best wrong
+    for correct in ([True] * 4, [False] * 4):
+        assert select_pair(answers, rewards, correct) is None
+    assert select_pair(["x"] * 3, [1.0, 2.0, 3.0]) is None and select_pair(["x", "y"], [1.0, 1.0]) is None
+
+
+def test_equals_trl_on_the_same_model_and_batch(pair, tmp_path):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    ours, theirs = pair
+    theirs.config.router_aux_loss_coef = 0.0
+    g = torch.Generator().manual_seed(0)
+    names, sizes = ("prompt_ids", "chosen_ids", "rejected_ids"), ((5, 4, 7), (3, 6, 2), (8, 1, 1))
+    examples = [
+        {name: torch.randint(2, 500, (n,), generator=g).tolist() for name, n in zip(names, lengths, strict=True)} for lengths in sizes
+    ]
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    trainer = DPOTrainer(
+        theirs, ref_model=copy.deepcopy(theirs), train_dataset=Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}),
+        args=DPOConfig(str(tmp_path), beta=0.3, use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>"),
+    )  # fmt: skip
+    reference = copy.deepcopy(ours)
+    with torch.no_grad():  # the policies move away from the references, together
+        ours.head.weight.mul_(1.5)
+        theirs.lm_head.weight.mul_(1.5)
+    inputs = trainer.data_collator(examples)
+    their_loss = trainer.compute_loss(trainer.model, inputs)
+    their_loss.backward()
+
+    tokens, mask = inputs["input_ids"], inputs["completion_mask"]
+    policy = token_logprobs(ours, tokens, mask).sum(1).chunk(2)
+    with torch.no_grad():
+        fixed = token_logprobs(reference, tokens, mask).sum(1).chunk(2)
+    loss, *_ = dpo_loss(*policy, *fixed, beta=0.3)
+    loss.backward()
+    assert loss.item() != pytest.approx(math.log(2), abs=1e-3) and loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+    torch.testing.assert_close(ours.head.weight.grad, theirs.lm_head.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_trained_on_is_counted(micro_tokenizer, capsys):
+    prompt = [{"role": "user", "content": "hat?"}]
+    good = {"messages": prompt, "chosen": "red", "rejected": "blue"}
+    bad = [
+        {**good, "rejected": "red "}, {**good, "chosen": " "}, {**good, "rejected": ""},
+        {**good, "messages": [{"role": "user", "content": "word " * 200}]}, {**good, "chosen": "very " * 200},
+    ]  # fmt: skip
+    pairs = Pairs([good, *bad], micro_tokenizer, 64, 0)
+    assert len(pairs.rows) == 1 and pairs.left_out == {"identical answers": 1, "an empty answer": 2, "longer than the context of 64": 2}
+    assert "1 pairs; left out: 1 identical answers, 2 an empty answer, 2 longer than the context of 64" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no pair is left"):
+        Pairs(bad, micro_tokenizer, 64, 0)
+
+
+def test_only_the_last_answer_is_judged(micro_tokenizer):
+    chat = [{"role": "user", "content": "hat?"}, {"role": "assistant", "content": "which"}, {"role": "user", "content": "mine"}]
+    (batch,) = Pairs([{"messages": chat, "chosen": "red", "rejected": "blue"}], micro_tokenizer, 64, 0).batch(0)
+    for row, answer in ((0, "red"), (PAIRS, "blue")):
+        kept = batch["tokens"][row][batch["mask"][row] > 0].tolist()
+        assert kept == [*micro_tokenizer.encode(" " + answer), micro_tokenizer.special["<|end|>"]]
+
+
+OBJECTIVES = [dpo_objective(0.1), *(otpo_objective(0.1, weights) for weights in ("transport", "uniform", "ones"))]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_few_steps_prefer_the_chosen(micro_model, micro_tokenizer, objective):
+    pairs = Pairs(preferences("train", 0, 3), micro_tokenizer, 1024, 0)
+    add_reference(pairs, micro_model)
+    optimizer, cpu = make_optimizer(micro_model), torch.device("cpu")
+    history = [_train_step(micro_model, optimizer, pairs.batch(0), objective, 3e-3, cpu) for _ in range(8)]
+    first, last = history[0][3], history[-1][3]
+    assert history[0][0] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
+    assert history[-1][0] < 0.6 and last["margin"] > 0 and last["accuracy"] > first["accuracy"] and last["kl"] > 0

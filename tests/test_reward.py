@@ -1,0 +1,61 @@
+"""reward.py: the loss in closed form, averages of weights, Best-of-N against drawing subsets."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from data.preferences import preferences
+from reward import Pairs, RewardModel, average_weights, best_of_n, bradley_terry_loss, reward_loss
+from train import _train_step, make_optimizer
+
+
+def test_bradley_terry_by_hand():
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
+    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx((math.log1p(math.exp(-1)) + math.log(2)) / 2)
+    assert bradley_terry_loss(chosen, rejected, margin=1.0).item() == pytest.approx((math.log(2) + math.log1p(math.e)) / 2)
+    centred = bradley_terry_loss(chosen, rejected, centring=0.1) - bradley_terry_loss(chosen, rejected)
+    assert centred.item() == pytest.approx(0.1 * (9 + 0) / 2)
+
+
+def test_average_of_weights():
+    states = [{"w": torch.full((2,), float(i)), "n": torch.tensor([i, i])} for i in (1, 2, 6)]
+    mean = average_weights(states)
+    assert mean["w"].tolist() == [3.0, 3.0] and mean["n"].tolist() == [3, 3] and mean["n"].dtype == torch.int64
+    with pytest.raises(ValueError, match="differ in v"):
+        average_weights([states[0], {**states[1], "v": torch.ones(1)}])
+    with pytest.raises(ValueError, match="differ in w"):
+        average_weights([states[0], {**states[1], "w": torch.ones(3)}])
+
+
+def test_best_of_n_equals_all_subsets():
+    g = torch.Generator().manual_seed(0)
+    rewards, correct = torch.rand(4, 8, generator=g), (torch.rand(4, 8, generator=g) > 0.6).float()
+    result = best_of_n(rewards, correct)
+    assert list(result) == [1, 2, 4, 8]
+    for n, value in result.items():
+        picked = [
+            correct[p, max(subset, key=lambda i: rewards[p, i])].item()  # noqa: B023
+            for p in range(4)
+            for subset in itertools.combinations(range(8), n)
+        ]
+        assert value == pytest.approx(sum(picked) / len(picked))
+    assert result[1] == pytest.approx(correct.mean().item())
+
+
+def test_a_reward_model_learns_and_looks_at_the_last_token(micro_model, micro_tokenizer):
+    pairs, cpu = Pairs(preferences("train", 0, 3), micro_tokenizer, 1024, 0), torch.device("cpu")
+    model = RewardModel(micro_model)
+    optimizer = make_optimizer(model)
+    history = [_train_step(model, optimizer, pairs.batch(0), reward_loss, 3e-3, cpu) for _ in range(12)]
+    assert history[-1][0] < 0.5 * history[0][0] and history[-1][3]["accuracy"] > history[0][3]["accuracy"]
+    batch = pairs.batch(0)[0]
+    lengths = (batch["doc_ids"] >= 0).sum(1).tolist()
+    alone = [model(batch["tokens"][i : i + 1, :n], batch["doc_ids"][i : i + 1, :n]) for i, n in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(alone), model(batch["tokens"], batch["doc_ids"]), rtol=1e-4, atol=1e-5)
+
+
+def test_members_start_from_one_head(micro_model):
+    heads = [RewardModel(micro_model, seed).value.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
