@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import STAGES, checkpoints, checksum, latest_stage, read_metrics
+from cli import InputError
 from data import reader
 from data.market import LANGUAGES
 from data.needles import line_retrieval, needle
@@ -100,7 +101,7 @@ def bits_per_byte(model, tokenizer, documents, rows=16):
     for document in documents:
         ids = tokenizer.encode(document["text"])
         pieces[document["lang"] or "?"] += [ids[i : i + length] for i in range(0, len(ids), length)]
-    device, bits, result = next(model.parameters()).device, 0.0, {}
+    device, result = next(model.parameters()).device, {}
     for lang, group in sorted(pieces.items()):
         bits = nbytes = 0
         group = sorted((piece for piece in group if len(piece) > 1), key=len)
@@ -158,7 +159,7 @@ class Answers:
                         continue
 
     def key(self, prompt):
-        return hashlib.sha256(f"{self.checkpoint} {prompt}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self.checkpoint} {GREEDY} {prompt}".encode()).hexdigest()[:32]
 
     def add(self, prompts, texts):
         new = {self.key(prompt): text for prompt, text in zip(prompts, texts, strict=True)}
@@ -293,6 +294,8 @@ def main():
         tasks=dict(default="5", help="held-out tasks per task and language, or a .jsonl file of your own"),
         samples=dict(type=int, default=1, help="answers to sample for mean@1, majority@N and pass@N (1: none)"),
     )  # fmt: skip
+    if args.tasks.lstrip("-").isdecimal() and int(args.tasks) < 1:
+        raise InputError(f"--tasks is {args.tasks}, must be at least 1 or a file")
     device = cli.pick_device(args.device)
     test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)
     documents = list(reader.documents(args.data, "general", args.seed, "test"))

@@ -120,6 +120,8 @@ def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64):
             raise InputError(f"prompt {i} has {len(prompt)} tokens; the context holds 1 to {limit - 1} before an answer")
         if max(prompt) >= tokenizer.n_vocab or min(prompt) < 0:
             raise InputError(f"prompt {i} holds a token id outside the vocabulary 0..{tokenizer.n_vocab - 1}")
+    if sampling.think_budget is not None and sampling.think_budget < 0:
+        raise InputError(f"the thinking budget is {sampling.think_budget}, must be at least 0")
     if sampling.max_tokens < 1 or n < 1:
         raise InputError(f"max_tokens is {sampling.max_tokens} and n is {n}; both must be at least 1")
     was_training = model.training
@@ -204,9 +206,11 @@ def _overthinks(ids, tokenizer, budget):
 
 
 def split_thought(text):
-    """('thought', 'answer') of a completion's text; the thought is empty when there is none."""
+    """('thought', 'answer') of a completion's text; the thought is empty when there is none, the answer when it never came."""
     thought, mark, answer = text.partition("</think>")
-    return (thought.replace("<think>", "").strip(), answer.strip()) if mark else ("", text.strip())
+    if mark or text.lstrip().startswith("<think>"):
+        return thought.replace("<think>", "").strip(), answer.strip()
+    return "", text.strip()
 
 
 def load_for_inference(run, device, stage=None):

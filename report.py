@@ -28,7 +28,7 @@ def stage_losses(metrics):
 
 
 def plot_losses(metrics, path):
-    stages = [stage for stage in STAGES if any(e["stage"] == stage for e in metrics)]
+    stages = [stage for stage in STAGES if any(e["stage"] == stage and e.get("lm") is not None for e in metrics)]
     figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(3.2 * max(1, len(stages)), 3), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=False):
         entries = [e for e in metrics if e["stage"] == stage and e.get("lm") is not None]

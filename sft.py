@@ -190,7 +190,7 @@ class Chats:
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed))
         places = self.capacity * len(self.units)
         if not packed:
-            places = sum(len(members) * common_length(max(lengths[i] for i in members)) for members in self.units)
+            places = sum(len(members) * max(lengths[i] for i in members) for members in self.units)
         print(
             f"{len(self.samples):,} conversations in {len(self.units):,} {'packed rows' if packed else 'padded batches'}, "
             f"{100 * sum(lengths) / places:.1f} % filled; {too_long} over-long left out"
@@ -229,7 +229,7 @@ def selected_thoughts(examples, args, device):
     clean = decontaminated(reasoning, tasks("test", 0, 10)) if reasoning else []
     if len(clean) < len(reasoning):
         print(f"sft2: {len(reasoning) - len(clean):,} reasoning tasks resemble held-out ones and are left out")
-    if args.rollouts:
+    if args.rollouts and clean:
         rates = pass_rates(*load_for_inference(args.rollouts, device), clean, seed=args.seed)
         kept = [task for task, rate in zip(clean, rates, strict=True) if WINDOW[0] <= rate <= WINDOW[1]]
         hard, easy = sum(rate < WINDOW[0] for rate in rates), sum(rate > WINDOW[1] for rate in rates)

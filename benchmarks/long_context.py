@@ -35,7 +35,7 @@ LENGTHS = (128, 256, 512, 1024, 1536, 2048)
 
 
 def retrieval_row(tokenizer, rng, length):
-    """[(ids, mask), …] filling one row: lines and pages, then all the lines once more; only the repeated cities are to be predicted."""
+    """[(ids, mask), …] filling one row: lines and pages, then all the lines once more; mainly the repeated cities are to be predicted."""
     row, room = [], length
     while room > 40:
         entries = rng.randint(2, 8)
@@ -60,7 +60,7 @@ def retrieval_row(tokenizer, rng, length):
 
 
 def train_stage(model, stage, tokenised, tokenizer, steps, seed):
-    """A quarter of the rows are plain documents, the others exercises in finding."""
+    """A quarter of the rows (at least one) are plain documents, the others exercises in finding."""
     recipe = RECIPES["tiny"][stage]
     schedule = recipe.schedule._replace(steps=steps)
     plain, quarter = TokenRows(tokenised, recipe.seq_len, seed), max(1, recipe.rows // 4)

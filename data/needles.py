@@ -32,7 +32,7 @@ def line_retrieval(tokenizer, lang, rng, length):
     lines, room = [], length - 12
     for line in ledger_lines(lang, rng, 200):
         room -= len(tokenizer.encode(line + "\n\n"))
-        if room < 0:
+        if room < 0 and lines:  # one line there is always
             break
         lines.append(line)
     name, answer = rng.choice(lines).split(":")

@@ -64,10 +64,10 @@ def task_faults(task):
     for field in ("id", "task", "lang", "think"):
         if field in task and not (isinstance(task[field], str) and task[field]):
             yield f'field "{field}" is empty or no text'
-    if task.get("scorer", "exact") not in SCORERS:
+    if task.get("scorer", "exact") not in list(SCORERS):
         yield f"unknown scorer {task['scorer']!r}, known: {', '.join(SCORERS)}"
     choices = task.get("choices", [answer])
-    if not isinstance(choices, list) or answer not in choices or not all(isinstance(choice, str) for choice in choices):
+    if not isinstance(choices, list) or answer not in choices or not all(isinstance(choice, str) and choice for choice in choices):
         yield 'field "choices" must be a list of texts with the answer among them'
 
 
@@ -91,7 +91,7 @@ def read_tasks(path):
         if not isinstance(task, dict):
             faults.append(f"{path}:{number}: expected a JSON object, got {type(task).__name__}")
             continue
-        task = {"id": str(number), "task": "task", "lang": "?", "scorer": "exact", **task}
+        task = {"id": f"line {number}", "task": "task", "lang": "?", "scorer": "exact", **task}
         faults += [f"{path}:{number}: {fault}" for fault in task_faults(task)]
         if str(task["id"]) in ids:
             faults.append(f"{path}:{number}: id {task['id']!r} is also the id of line {ids[str(task['id'])]}")

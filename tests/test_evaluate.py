@@ -84,17 +84,19 @@ def test_needles_have_the_length_and_hold_the_answer_once(micro_tokenizer):
 
 def test_retrieval_counts_what_is_found(micro_model, micro_tokenizer, monkeypatch):
     assert retrieval(micro_model, micro_tokenizer, (64,), n=2) == ([[0.0] * 5], [0.0])
-    monkeypatch.setattr("evaluate.score_continuations", lambda model, tokenizer, pairs: [(0.0, i % 2 == 0) for i in range(len(pairs))])
-    assert retrieval(micro_model, micro_tokenizer, (64, 128), n=2) == ([[0.5] * 5] * 2, [0.5] * 2)
+    # two lengths of six cells with two needles each: the first length finds its first cell, the second its lines and half of its last depth
+    found = [i in (0, 1, 20, 22, 23) for i in range(24)]
+    monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(0.0, hit) for hit in found])
+    assert retrieval(micro_model, micro_tokenizer, (64, 128), n=2) == ([[1.0, 0, 0, 0, 0], [0, 0, 0, 0, 0.5]], [0.0, 1.0])
 
 
 def test_samples(micro_model, micro_tokenizer, monkeypatch):
     from generate import Completion
 
     test = [{"task": "t", "messages": [{"role": "user", "content": "?"}], "answer": "7", "scorer": "number"}] * 2
-    texts = ["7", "7", "8", "<think>6 + 1</think> 7", "8", "8", "9", "7"]
+    texts = ["7", "7", "8", "<think>6 + 1</think> 7", "8", "8", "9", "8"]
     monkeypatch.setattr("evaluate.generate", lambda *_: [Completion(text, [], [], True) for text in texts])
-    assert best_of_samples(micro_model, micro_tokenizer, test, 4) == {"mean@1": 0.5, "majority@4": 0.5, "pass@4": 1.0}
+    assert best_of_samples(micro_model, micro_tokenizer, test, 4) == {"mean@1": 0.375, "majority@4": 0.5, "pass@4": 0.5}
 
 
 def test_every_fault_of_a_task_file_has_its_line(tmp_path):

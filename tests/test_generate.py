@@ -120,3 +120,4 @@ def test_a_thought_ends_with_its_budget(micro_model, micro_tokenizer):
 def test_split_thought():
     assert split_thought("<think> 2 + 2 = 4.</think> 4") == ("2 + 2 = 4.", "4")
     assert split_thought(" red ") == ("", "red")
+    assert split_thought("<think> 2 + 2 = 4, 4") == ("2 + 2 = 4, 4", "")  # cut short: no answer
