@@ -19,7 +19,7 @@ import cli
 from checkpoint import inherit, latest_stage, load_latest, load_model
 from reward import load_pairs
 from tokenizer import Tokenizer
-from train import Schedule, finished, fit
+from train import Schedule, fit, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 5e-7
 BETA = 0.1
@@ -119,10 +119,8 @@ def tune(stage, objective, args, schedule=SCHEDULE):
     torch.manual_seed(args.seed)
     state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
     inherit(state, tokenizer)
-    if args.steps:
-        schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if args.resume and finished(args.run, stage, schedule.steps):
-        print(f"{stage}: already finished")
+    schedule = stage_schedule(stage, args, schedule)
+    if schedule is None:
         return
     model = load_model(state, device)
     pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed)

@@ -24,7 +24,7 @@ from data.scorers import SCORERS
 from data.tasks import CONVERSATIONS, ECOMMERCE, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
-from train import Schedule, assemble, finished, fit, logged, losses_of
+from train import Schedule, assemble, fit, logged, losses_of, stage_schedule
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
@@ -242,10 +242,8 @@ def run_stage(stage, args, device, tokenizer):
     before, schedule = STAGES[stage]
     state = load_latest(args.run, before, device)
     inherit(state, tokenizer)
-    if args.steps:
-        schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if args.resume and finished(args.run, stage, schedule.steps):
-        print(f"{stage}: already finished")
+    schedule = stage_schedule(stage, args, schedule)
+    if schedule is None:
         return
     if args.data:
         examples = read_tasks(args.data)

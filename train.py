@@ -319,6 +319,16 @@ def finished(run, stage, steps):
     return bool(checkpoints(run, stage)) and load_latest(run, stage)["step"] >= steps
 
 
+def stage_schedule(stage, args, schedule):
+    """The schedule under --steps; None where --resume finds the stage finished, which is said aloud."""
+    if args.steps:
+        schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
+    if args.resume and finished(args.run, stage, schedule.steps):
+        print(f"{stage}: already finished")
+        return None
+    return schedule
+
+
 def run_stage(stage, args, device, tokenizer):
     """Train one of general, anneal, long, starting from the stage before it."""
     before = {"general": None, "anneal": "general", "long": "anneal"}[stage]
@@ -331,11 +341,8 @@ def run_stage(stage, args, device, tokenizer):
         state = load_latest(args.run, before, device)
         inherit(state, tokenizer)
         recipe = RECIPES[args.config][stage]
-    schedule = recipe.schedule
-    if args.steps:
-        schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if args.resume and finished(args.run, stage, schedule.steps):
-        print(f"{stage}: already finished")
+    schedule = stage_schedule(stage, args, recipe.schedule)
+    if schedule is None:
         return
     torch.manual_seed(args.seed)
     if before is None:

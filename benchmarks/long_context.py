@@ -20,15 +20,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import cli
+from benchmarks.tuning import train
 from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import DEPTHS, bits_per_byte, retrieval
 from tokenizer import train as train_tokenizer
-from train import RECIPES, Tokenised, TokenRows, _train_step, assemble, language_model_loss, lr_at, make_optimizer
+from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
 SEEDS, STEPS, LONG_STEPS = 3, 2000, 150
 LENGTHS = (128, 256, 512, 1024, 1536, 2048)
@@ -64,16 +64,14 @@ def train_stage(model, stage, tokenised, tokenizer, steps, seed):
     recipe = RECIPES["tiny"][stage]
     schedule = recipe.schedule._replace(steps=steps)
     plain, quarter = TokenRows(tokenised, recipe.seq_len, seed), max(1, recipe.rows // 4)
-    optimizer = make_optimizer(model.train())
-    bar = tqdm(range(steps), desc=stage, mininterval=5)
-    for step in bar:
+
+    def batches(step):
         rng = random.Random(f"{seed}-{stage}-{step}")
         rows = [[(ids, 0.1 * mask) for ids, mask in plain.row(i)] for i in range(step * quarter, (step + 1) * quarter)]
         rows += [retrieval_row(tokenizer, rng, recipe.seq_len) for _ in range(recipe.rows - quarter)]
-        batch = assemble(rows, recipe.seq_len)
-        loss, *_ = _train_step(model, optimizer, [batch], language_model_loss, lr_at(step, schedule), torch.device("cpu"))
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-    return model.eval()
+        return [assemble(rows, recipe.seq_len)]
+
+    return train(model, batches, language_model_loss, schedule, stage)
 
 
 def measure(model, tokenizer, held, seed):

@@ -47,7 +47,7 @@ def dynamic(lengths, places, rng):
 
 
 def our_arms(config, packed, padded):
-    """{name: (a callable that trains one step and returns its valid tokens, share of places filled)}."""
+    """{name: a callable that trains one step and returns (valid tokens, places)}."""
     rng, lengths = random.Random(0), [len(ids) for ids, _ in packed.samples]
     order = list(range(len(lengths)))
     rng.shuffle(order)

@@ -6,7 +6,7 @@
 
 Each seed (initialisation and data order) trains its own base and then every arm from it, on two of the eight languages. Accuracy
 is measured on held-out tasks, ten of each kind and language, thinking where an arm has learnt it; differences are
-paired by seed. Finished arms are kept in benchmarks/results/tuning.jsonl and not repeated.
+paired by seed. Finished seeds are kept in benchmarks/results/tuning.jsonl and not repeated.
 
     python -m benchmarks.tuning      # about 25 minutes on two cores
 """
@@ -70,8 +70,8 @@ def figures(model, tokenizer, test, thinking):
 
     whole, switch = score(test, thinking), thinking_switch(test, ask)
     direct, reasoning = ([task for task in test if ("think" in task) == thinks] for thinks in (False, True))
-    general = {**score(direct, False)["by_group"], "all": score(direct, False)["overall"]}
-    made = {"all": whole["overall"], **whole["by_group"], "direct": general["all"], "general direct": general["general"]}
+    plain = score(direct, False)
+    made = {"all": whole["overall"], **whole["by_group"], "direct": plain["overall"], "general direct": plain["by_group"]["general"]}
     for name in ("on", "off"):
         made[f"reasoning {name}"] = score(reasoning, name == "on")["overall"]
         made[f"numerical {name}"] = switch[name]["accuracy"]["numerical_reasoning"]

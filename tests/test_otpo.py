@@ -10,7 +10,7 @@ from dpo import dpo_loss
 from otpo import ot_token_weights, otpo_loss, sinkhorn, sweeps_for, uniform_weights
 
 
-def batch(seed, B=5, T=12, S=9, D=16, dtype=torch.float64, empty=False):
+def batch(seed, B=5, T=12, S=9, D=16, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     hidden = [torch.randn(B, n, D, generator=g, dtype=dtype) for n in (T, S)]
     masks = []
