@@ -9,7 +9,6 @@ trains on the whole conversation where it is about e-commerce (`--full e-commerc
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
 """
 
-import math
 import random
 
 import numpy as np
@@ -28,10 +27,10 @@ from train import Schedule, assemble, fit, logged, losses_of, stage_schedule
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
-    "sft1": ("long", Schedule(3400, 3e-3, 1e-4, 30, (0.1, 0.1))),
-    "sft2": ("sft1", Schedule(1400, 1.5e-3, 5e-5, 20, (0.1, 0.1))),
+    "sft1": ("long", Schedule(3400, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
+    "sft2": ("sft1", Schedule(1400, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
-PER_LANGUAGE = 7000  # embedded training tasks
+PER_STEP = 3  # embedded tasks a language for each optimizer step, so that a task is read about once
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -167,7 +166,8 @@ def decontaminated(examples, test):
 class Chats:
     """Encoded conversations; `batch(step)` is a pure function of (seed, step).
 
-    packed: rows of a fixed capacity, filled by `pack`. Otherwise one conversation a row, batches of like length, padded to
+    packed: rows of a fixed capacity, filled by `pack`; where a conversation is longer than CAPACITY the rows are as wide as it, and
+    fewer. Otherwise one conversation a row, batches of like length, padded to
     the longest (Distributed Dynamic Padding). full: the domains ("e-commerce", "general") whose prompts are trained on too.
     """
 
@@ -187,6 +187,7 @@ class Chats:
             raise InputError("no conversation fits the context")
         lengths = [len(ids) for ids, _ in self.samples]
         self.capacity = max(CAPACITY, max(lengths))
+        self.units_per_step = max(1, round(CAPACITY * ROWS / self.capacity)) if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed))
         places = self.capacity * len(self.units)
         if not packed:
@@ -197,8 +198,8 @@ class Chats:
         )
 
     def batch(self, step):
-        per_step, chosen = ROWS if self.packed else 1, []
-        for i in range(step * per_step, (step + 1) * per_step):
+        chosen = []
+        for i in range(step * self.units_per_step, (step + 1) * self.units_per_step):
             epoch, place = divmod(i, len(self.units))
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, list(range(len(self.units)))
@@ -247,8 +248,8 @@ def run_stage(stage, args, device, tokenizer):
         return
     if args.data:
         examples = read_tasks(args.data)
-    else:  # a short run needs less to read
-        examples = training(args.seed, math.ceil(PER_LANGUAGE * min(1.0, schedule.steps / 500)))
+    else:
+        examples = training(args.seed, PER_STEP * schedule.steps)
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
     model = load_model(state, device)

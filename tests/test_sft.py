@@ -93,6 +93,15 @@ def test_over_long_samples_are_reported(micro_tokenizer, capsys):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_step_has_about_the_same_tokens_whatever_the_longest_conversation(micro_tokenizer):
+    examples = [(task, False) for task in tasks("train", 0, 2)]
+    long = {"id": "long", "messages": [{"role": "user", "content": "word " * 300}], "answer": "no"}
+    short, wide = Chats(examples, micro_tokenizer, 4096, 0), Chats([*examples, (long, False)], micro_tokenizer, 4096, 0)
+    assert wide.capacity > 2 * short.capacity
+    for chats in (short, wide):
+        assert 0.6 * CAPACITY * ROWS < chats.batch(0)[0]["tokens"].numel() <= max(1.5 * CAPACITY * ROWS, chats.capacity)
+
+
 def test_length_buckets_hold_everything_once_and_waste_little():
     for _, lengths in distributions():
         batches = length_buckets(lengths, 2048, random.Random(0))

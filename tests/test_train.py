@@ -71,6 +71,13 @@ def test_rows_hold_every_token_of_an_epoch_once(rows):
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, rows.row(3), strict=True))
 
 
+def test_the_schedules_second_beta_reaches_the_optimizer(micro_config, rows, tmp_path):
+    for stage, beta2 in (("general", 0.99), ("anneal", 0.95)):
+        schedule = RECIPES["tiny" if beta2 == 0.99 else "v2_30b"][stage].schedule._replace(steps=1)
+        fit(Compass(micro_config), rows.batches(2, 2), language_model_loss, schedule, run=str(tmp_path), stage=stage)
+        assert load_latest(tmp_path, stage)["optimizer"]["param_groups"][0]["betas"] == (0.9, beta2)
+
+
 def test_accumulation_has_one_global_denominator(micro_model, rows):
     """Two micro-batches with very different numbers of targets give the gradient of the joint batch."""
     from train import _train_step, make_optimizer
