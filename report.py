@@ -98,7 +98,7 @@ def plot_needles(found, path):
 
 def table(rows, header):
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def accuracy_table(results, tasks_hash, last):

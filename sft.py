@@ -185,6 +185,9 @@ class Chats:
             self.domains.append(DOMAINS.index(domain))
         if not self.samples:
             raise InputError("no conversation fits the context")
+        for name in full:
+            if DOMAINS.index(name) not in self.domains:
+                raise InputError(f'no conversation is of the domain {name}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
         self.capacity = max(CAPACITY, max(lengths))
         self.units_per_step = max(1, round(CAPACITY * ROWS / self.capacity)) if packed else 1

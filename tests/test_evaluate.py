@@ -11,6 +11,7 @@ from data.reader import read_tasks
 from data.tasks import tasks
 from evaluate import Answers, answer_tasks, best_of_samples, interval, multiple_choice, retrieval, score_continuations
 from generate import GREEDY, generate
+from report import table
 
 
 def test_continuations_equal_whole_logits_one_by_one(micro_model, micro_tokenizer):
@@ -119,3 +120,8 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
     }  # fmt: skip
     assert [int(line.split(":")[0]) for line in found] == list(expected)
     assert all(message in line for line, message in zip(found, expected.values(), strict=True))
+
+
+def test_a_bar_in_a_name_stays_inside_its_cell():
+    row = table([["a|b", 1]], ["task", "n"]).splitlines()[-1]
+    assert row == r"| a\|b | 1 |"

@@ -131,6 +131,12 @@ def test_mixed_loss_trains_on_whole_conversations_of_its_domain(micro_tokenizer)
         assert mixed_mask == (full if domain == 0 else mask) and mask != full
 
 
+def test_a_domain_without_conversations_is_named(micro_tokenizer):
+    mine = [({"task": "mine", "messages": [{"role": "user", "content": "a"}], "answer": "b"}, False)]
+    with pytest.raises(ValueError, match="no conversation is of the domain e-commerce"):
+        Chats(mine, micro_tokenizer, 64, 0, full=FULL["e-commerce"])
+
+
 def test_domains_add_up_to_the_loss(micro_model, micro_tokenizer):
     chats = Chats([(task, False) for task in tasks("train", 0, 1)], micro_tokenizer, 1024, 0)
     (batch,) = chats.batch(0)
