@@ -1,4 +1,5 @@
-# make demo: the whole chain on the embedded marketplace. make test: every test. Each makes its own environment.
+# make demo: the whole chain on the embedded marketplace. make test: every test. make pretrained: the checkpoint that ships, again.
+# Each makes its own environment.
 PYTHON ?= python3
 
 .venv/demo: pyproject.toml
@@ -13,8 +14,11 @@ PYTHON ?= python3
 demo: .venv/demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
 
+pretrained: .venv/demo
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash pretrained.sh
+
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
 
-.PHONY: demo test
+.PHONY: demo pretrained test

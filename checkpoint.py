@@ -4,7 +4,8 @@ A run folder holds tokenizer.tiktoken, <stage>/step_N.pt, metrics.jsonl and the 
 written to a temporary file, synced, and renamed; its last 32 bytes are the SHA-256 of the rest. It holds
 full-precision weights and the optimizer's state, so resuming is exact.
 
-    python checkpoint.py --run runs/demo     # lists what the run holds and verifies every checkpoint
+    python checkpoint.py --run runs/demo                                # lists what the run holds and verifies every checkpoint
+    python checkpoint.py --run runs/pretrained --export checkpoints/x   # the last stage alone, bf16, with its log and report
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 
 import torch
 
@@ -27,6 +30,7 @@ STAGES = {
     "sft1": "python sft.py", "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
+LOGGED = 100  # an exported log keeps one step in so many
 
 
 def write_atomically(path, content):
@@ -151,8 +155,37 @@ def rewind_metrics(run, stage, step):
     write_atomically(os.path.join(run, "metrics.jsonl"), lines.encode())
 
 
+def export(run, folder):
+    """Write the last stage's model in bf16, without optimizer, as a run folder of its own, to go on from with --run.
+
+    Beside it the tokenizer, report and plots, every LOGGED-th line of metrics.jsonl and origin.json: stage, step, seed, git commit.
+    """
+    stage = latest_stage(run)
+    state = load_latest(run, stage)
+    if checkpoints(folder, stage):
+        raise InputError(f"{folder}/{stage} already holds a checkpoint: name another folder, or delete it")
+    model = load_model(state).to(torch.bfloat16)
+    os.makedirs(folder, exist_ok=True)
+    for name in sorted(os.listdir(run)):
+        if name.startswith(("tokenizer.", "report.")) or name.endswith(".png"):
+            shutil.copy(os.path.join(run, name), folder)
+    kept = [entry for entry in read_metrics(run) if entry.get("step", 0) % LOGGED == 0 or "load" in entry]
+    write_atomically(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    origin = {"stage": stage, "step": state["step"], "seed": state["seed"], "commit": commit.stdout.strip() or "not known"}
+    write_atomically(os.path.join(folder, "origin.json"), json.dumps(origin, indent=1).encode())
+    path = os.path.join(folder, stage, f"step_{state['step']}.pt")
+    save_checkpoint(
+        path, model, step=state["step"], stage=stage, tokenizer_hash=state["tokenizer_hash"], seed=state["seed"]
+    )  # fmt: skip
+    size = sum(os.path.getsize(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
+    print(f"{path}: {stage} of {run} in bf16; the folder has {size / 1e6:.1f} MB")
+
+
 def main():
-    args = cli.parse(__doc__, "run")
+    args = cli.parse(__doc__, "run", export=dict(help="folder to write the last stage to, in bf16 and without optimizer"))
+    if args.export:
+        return export(args.run, args.export)
     for stage in STAGES:
         for path in checkpoints(args.run, stage):
             state = load_checkpoint(path)

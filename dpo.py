@@ -7,8 +7,12 @@ best and the worst: by reward for general prompts, best right against best wrong
 Shapes: B pairs, T tokens, V vocabulary. A batch holds 2B rows, the chosen answers first; mask is 1 on the answers' tokens.
 
     python dpo.py                                     # laptop: tunes runs/demo on the embedded pairs
+    python dpo.py --rounds 3                          # online, labelled by the run's reward model (python reward.py)
     python dpo.py --data pairs.jsonl --run runs/small --device cuda
 """
+
+from collections import Counter
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +21,21 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import inherit, latest_stage, load_latest, load_model
-from reward import load_pairs
+from data.scorers import SCORERS
+from data.tasks import tasks
+from generate import Sampling, generate, split_thought
+from reward import Pairs, load_pairs, load_reward_model, rewards
+from sft import chat_of
 from tokenizer import Tokenizer
 from train import Schedule, fit, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 5e-7
+ROUND = Schedule(60, 1e-5, 0.0, 6)  # of each online round
 BETA = 0.1
+PROMPTS, SAMPLES = 2, 32  # online: prompts of each task and language in a round, answers to each
+EXPLORING = Sampling(temperature=1.0, top_k=0, top_p=1.0, repetition=1.0, max_tokens=96)
+OPEN = ("covers",)  # scorers of tasks with many right answers: reward alone decides; all others are checked by rule
+DRIFT, KL = -1.0, 1.0  # nats a token; beyond these tuning has gone wrong
 
 
 def token_logprobs(model, tokens_BT, mask_BT, *, doc_ids_BT=None, return_hidden=False, rows=512):
@@ -113,6 +126,82 @@ def dpo_objective(beta):
     return loss_fn
 
 
+def alarm(metrics):
+    """What to say when tuning goes wrong: probability flows away from the chosen answers too, or the policy leaves the reference."""
+    if metrics["chosen_drift"] < DRIFT:
+        return f"the chosen answers have lost {-metrics['chosen_drift']:.1f} nats a token: lower the rate or raise beta"
+    if metrics["kl"] > KL:
+        return f"KL from the reference is {metrics['kl']:.1f} nats a token: lower the rate or raise beta"
+    return None
+
+
+def sample_answers(model, tokenizer, examples, n, seed):
+    """n answers to each task from one shared prompt cache, thinking where the task has a thought: (prompts, Completions prompt-major)."""
+    prompts = [tokenizer.encode_chat(task["messages"], thinking="think" in task)[0] for task in examples]
+    return prompts, generate(model, tokenizer, prompts, replace(EXPLORING, seed=seed), n)
+
+
+def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
+    """Pairs out of sampled answers (v2 §4.2): rows as `reward.encode_pairs` makes them, and a Counter of what was left out.
+
+    judge(task, answers) -> rewards of the answers' texts, without thoughts. Which two make a pair is `select_pair`'s rule. Answers that
+    never ended are left out. off_policy takes the reference answer as the chosen one (v3's mixed-policy data): then only
+    the rejected one is sampled.
+    """
+    n, end, rows, left_out = len(completions) // len(examples), tokenizer.special["<|end|>"], [], Counter()
+    for i, (task, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        ended = [completion for completion in completions[i * n : (i + 1) * n] if completion.stopped and completion.ids]
+        left_out["unfinished or empty answers"] += n - len(ended)
+        texts = [split_thought(completion.text)[1] for completion in ended]
+        right = [SCORERS[task["scorer"]](text, task["answer"]) for text in texts]
+        correct = None if task["scorer"] in OPEN else right
+        pair = select_pair([tuple(completion.ids) for completion in ended], judge(task, texts), correct) if ended else None
+        if pair is None:
+            verdict = "right" if all(right) else "alike" if any(right) else "wrong"
+            left_out[f"prompts with all answers {verdict}"] += 1
+            continue
+        sides = [([*prompt, *ids, end], [0] * len(prompt) + [1] * (len(ids) + 1)) for ids in pair]
+        if off_policy:
+            ids, _ = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
+            sides[0] = ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+        rows.append(sides)
+    return rows, left_out
+
+
+def reward_judge(model, tokenizer):
+    """The judge of `label` that asks a reward model."""
+
+    def judge(task, answers):
+        distinct = sorted(set(answers))
+        found = rewards(model, tokenizer, [[*task["messages"], {"role": "assistant", "content": answer}] for answer in distinct])
+        return [dict(zip(distinct, found, strict=True))[answer] for answer in answers]
+
+    return judge
+
+
+def online(stage, objective, args, off_policy=False, schedule=ROUND):
+    """args.rounds rounds of sampling, labelling and training, always against the run's last sft stage as the reference."""
+    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
+    state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
+    inherit(state, tokenizer)
+    reference, model = load_model(state, device).eval(), load_model(state, device)
+    judge = reward_judge(load_reward_model(args.run, device)[0], tokenizer)
+    for turn in range(1, args.rounds + 1):
+        name = stage if turn == args.rounds else f"{stage}/{turn}"
+        planned = stage_schedule(name, args, schedule)
+        if planned is None:
+            model.load_state_dict(load_latest(args.run, name, device)["model"])
+            continue
+        examples = tasks("train", f"{stage}-{args.seed}-{turn}", PROMPTS)
+        prompts, completions = sample_answers(model, tokenizer, examples, SAMPLES, args.seed + turn)
+        pairs = Pairs(*label(tokenizer, examples, prompts, completions, judge, off_policy), model.config.max_seq_len, args.seed)
+        add_reference(pairs, reference)
+        fit(
+            model, pairs.batch, objective, planned, run=args.run, stage=name, tokenizer_hash=tokenizer.hash, seed=args.seed,
+            resume=args.resume, watch=alarm,
+        )  # fmt: skip
+
+
 def tune(stage, objective, args, schedule=SCHEDULE):
     """Train one preference stage from the run's last sft stage."""
     device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
@@ -127,7 +216,7 @@ def tune(stage, objective, args, schedule=SCHEDULE):
     add_reference(pairs, model)
     fit(
         model, pairs.batch, objective, schedule, run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed,
-        resume=args.resume,
+        resume=args.resume, watch=alarm,
     )  # fmt: skip
 
 
@@ -136,8 +225,10 @@ def main():
         __doc__, "data", "run", "steps", "resume", "device", "seed",
         data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
         beta=dict(type=float, default=BETA, help="strength of the pull towards the reference"),
+        rounds=dict(type=int, default=0, help="rounds of sampling and training on the run's own answers (0: offline, on pairs)"),
     )  # fmt: skip
-    tune("dpo", dpo_objective(args.beta), args)
+    run = online if args.rounds > 0 else tune
+    run("dpo", dpo_objective(args.beta), args)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,9 @@ def multiple_choice(model, tokenizer, tasks):
 DEPTHS, NEEDLES = (0.0, 0.25, 0.5, 0.75, 1.0), 8  # where needles are hidden, how many a cell
 
 
-def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES, langs=LANGUAGES):
-    """(needles[length][depth], lines[length]): shares of needles found greedily in texts of so many tokens (data/needles.py)."""
+def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES, langs=LANGUAGES, chat=False):
+    """{"lengths", "depths", "needles"[length][depth], "lines"[length]}: shares of needles found greedily in texts of so many
+    tokens (data/needles.py), as plain text or, with chat, as a user's message."""
     rng, langs = random.Random(f"needles-{seed}"), itertools.cycle(langs)
     cells = [(length, depth) for length in lengths for depth in (*DEPTHS, None)]
     pairs = []
@@ -85,9 +86,10 @@ def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES, langs=LANGUAGES):
         for _ in range(n):
             lang = next(langs)
             prompt, answer = line_retrieval(tokenizer, lang, rng, length) if depth is None else needle(tokenizer, lang, rng, length, depth)
-            pairs.append((tokenizer.encode(prompt), tokenizer.encode(answer)))
+            ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])[0] if chat else tokenizer.encode(prompt)
+            pairs.append((ids, tokenizer.encode(answer)))
     found = np.array([greedy for _, greedy in score_continuations(model, tokenizer, pairs)]).reshape(len(lengths), -1, n).mean(-1)
-    return found[:, :-1].tolist(), found[:, -1].tolist()
+    return {"lengths": lengths, "depths": DEPTHS, "needles": found[:, :-1].tolist(), "lines": found[:, -1].tolist()}
 
 
 @torch.inference_mode()
@@ -263,7 +265,7 @@ def thinking_switch(tasks, ask):
 
 def evaluate_stages(run, device, test, documents, samples):
     """Figures of every evaluated stage of the run, as the dict that report.py shows, and sample chats."""
-    report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}}
+    report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}, "retrieval": {}}
     chats = ""
     stages = [stage for stage in (BASE, "sft1", "sft2", "dpo", "otpo") if checkpoints(run, stage)] or [latest_stage(run)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
@@ -273,11 +275,10 @@ def evaluate_stages(run, device, test, documents, samples):
         ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
         report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
         report["accuracy"][stage] = accuracy(test, [answer for _, answer in ask(test, thinking=thinks)])
-        if plain:
-            lengths = [model.config.max_seq_len // 2**i for i in (3, 2, 1, 0)]
-            needles, lines = retrieval(model, tokenizer, lengths)
-            report["retrieval"] = {"stage": stage, "lengths": lengths, "depths": DEPTHS, "needles": needles, "lines": lines}
-        elif stage == stages[-1]:
+        if plain or stage == stages[-1]:  # a chat's roles take a few tokens of the context
+            lengths = [model.config.max_seq_len // 2**i - 8 for i in (3, 2, 1, 0)]
+            report["retrieval"][stage] = retrieval(model, tokenizer, lengths, chat=not plain)
+        if not plain and stage == stages[-1]:
             cut = ask([without_text(task) for task in test], thinking=thinks)
             report["accuracy"]["without text"] = accuracy(test, [answer for _, answer in cut])
             report["thinking"] = thinking_switch(test, ask)
@@ -306,7 +307,7 @@ def main():
     report["loss"], report["tokens_per_s"] = stage_losses(metrics)
     plot_losses(metrics, os.path.join(args.run, "loss.png"))
     report["busiest_expert"] = plot_load(metrics, os.path.join(args.run, "load.png"))
-    if "retrieval" in report:
+    if report["retrieval"]:
         plot_needles(report["retrieval"], os.path.join(args.run, "needles.png"))
     last = [stage for stage in STAGES if stage in report["accuracy"]][-1]
     plot_accuracy(report["accuracy"][last], f"accuracy after {last}, %", os.path.join(args.run, "accuracy.png"))

@@ -9,6 +9,7 @@ the other answer more mass than tokens that do not: look at the picture before b
 Shapes: B pairs, T chosen tokens, S rejected tokens, D model width. Masks are 1 on answer tokens.
 
     python otpo.py                                     # laptop: tunes runs/demo on the embedded pairs
+    python otpo.py --rounds 1                          # mixed policy: reference answers against the model's own wrong ones
     python otpo.py --data pairs.jsonl --run runs/small --device cuda
 """
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 import cli
 from cli import InputError
-from dpo import BETA, preference_metrics, token_logprobs, tune
+from dpo import BETA, online, preference_metrics, token_logprobs, tune
 
 
 def sinkhorn(cost_BTS, mass_BT, mass_BS, reg, reg_marginal, sweeps):
@@ -106,8 +107,13 @@ def main():
         data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
         beta=dict(type=float, default=BETA, help="strength of the pull towards the reference"),
         weights=dict(default="transport", choices=("transport", "uniform", "ones"), help="token weights; the last two are ablations"),
+        rounds=dict(type=int, default=0, help="rounds on mixed pairs: reference answers against own wrong ones (0: offline)"),
     )  # fmt: skip
-    tune("otpo", otpo_objective(args.beta, args.weights), args)
+    objective = otpo_objective(args.beta, args.weights)
+    if args.rounds > 0:
+        online("otpo", objective, args, off_policy=True)
+    else:
+        tune("otpo", objective, args)
 
 
 if __name__ == "__main__":

@@ -80,17 +80,18 @@ def plot_accuracy(result, title, path):
 
 
 def plot_needles(found, path):
-    """Heat map of needles found, depth by length, line retrieval below."""
-    grid = np.array(found["needles"]).T
-    grid = np.vstack([grid, found["lines"]])
-    figure, axis = plt.subplots(figsize=(2.2 + 0.8 * len(found["lengths"]), 3.2))
-    axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-    axis.set_xticks(range(len(found["lengths"])), found["lengths"])
-    axis.set_yticks(range(len(grid)), [*(f"{100 * depth:.0f} %" for depth in found["depths"]), "lines"])
-    axis.set(xlabel="tokens", ylabel="depth of the needle", title=f"parcels found after {found['stage']}, %")
-    for i, row in enumerate(grid):
-        for j, value in enumerate(row):
+    """A heat map of the needles found for each name in `found`, depth by length, line retrieval below; see evaluate.retrieval."""
+    figure, axes = plt.subplots(1, len(found), figsize=(1.2 + 3.4 * len(found), 3.2), sharey=True, squeeze=False)
+    for axis, (name, result) in zip(axes[0], found.items(), strict=True):
+        grid = np.vstack([np.array(result["needles"]).T, result["lines"]])
+        axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
             axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
+        axis.set_xticks(range(len(result["lengths"])), result["lengths"])
+        axis.set_yticks(range(len(grid)), [*(f"{100 * depth:.0f} %" for depth in result["depths"]), "lines"])
+        axis.set(title=name, xlabel="tokens")
+    axes[0, 0].set_ylabel("depth of the needle")
+    figure.suptitle("parcels found, %")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -144,7 +145,7 @@ def write_report(run, report, chats):
         sections += [f"## Multiple choice by likelihood, {last}", table(rows, header)]
     if "samples" in report:
         sections += ["## Sampled answers", table([[f"{100 * value:.1f}" for value in report["samples"].values()]], list(report["samples"]))]
-    if "retrieval" in report:
+    if report["retrieval"]:
         sections += ["## Parcels found in long texts (guessing: 8 %)", "![needles](needles.png)"]
     langs = sorted({lang for values in report["bits_per_byte"].values() for lang in values})
     rows = [[s, *(f"{values[lang]:.3f}" for lang in langs)] for s, values in report["bits_per_byte"].items()]

@@ -102,28 +102,30 @@ def read_pairs(path):
     return pairs
 
 
+def encode_pairs(pairs, tokenizer):
+    """[((ids, mask) chosen, (ids, mask) rejected), …], mask 1 on the last answer; and a Counter of pairs that teach nothing."""
+    rows, left_out = [], Counter()
+    for pair in pairs:
+        answers = ({"role": "assistant", "content": pair[side]} for side in ("chosen", "rejected"))
+        sides = [tokenizer.encode_chat([*pair["messages"], answer]) for answer in answers]
+        prompt = len(tokenizer.encode_chat(pair["messages"])[0])
+        if pair["chosen"].strip() == pair["rejected"].strip():
+            left_out["identical answers"] += 1
+        elif not pair["chosen"].strip() or not pair["rejected"].strip():
+            left_out["an empty answer"] += 1
+        else:
+            rows.append([(ids, [0] * prompt + mask[prompt:]) for ids, mask in sides])  # earlier answers of the chat are not judged
+    return rows, left_out
+
+
 class Pairs:
-    """Encoded pairs; `batch(step)` is a pure function of (seed, step). What cannot be trained on is counted in `left_out` and printed.
+    """Encoded pairs; `batch(step)` is a pure function of (seed, step). What cannot be trained on is counted in `left_out` and printed."""
 
-    A pair is left out when its answers are equal, one is empty, or one does not fit the context with its prompt.
-    """
-
-    def __init__(self, pairs, tokenizer, context, seed):
-        self.rows, self.seed, self.left_out, self.epoch = [], seed, Counter(), None
-        for pair in pairs:
-            sides = [
-                tokenizer.encode_chat([*pair["messages"], {"role": "assistant", "content": pair[side]}]) for side in ("chosen", "rejected")
-            ]  # fmt: skip
-            prompt = len(tokenizer.encode_chat(pair["messages"])[0])
-            sides = [(ids, [0] * prompt + mask[prompt:]) for ids, mask in sides]  # earlier answers of the chat are not judged
-            if pair["chosen"].strip() == pair["rejected"].strip():
-                self.left_out["identical answers"] += 1
-            elif not pair["chosen"].strip() or not pair["rejected"].strip():
-                self.left_out["an empty answer"] += 1
-            elif max(len(ids) for ids, _ in sides) > context:
-                self.left_out[f"longer than the context of {context}"] += 1
-            else:
-                self.rows.append(sides)
+    def __init__(self, rows, left_out, context, seed):
+        self.rows = [sides for sides in rows if max(len(ids) for ids, _ in sides) <= context]
+        self.seed, self.left_out, self.epoch = seed, Counter(left_out), None
+        if len(self.rows) < len(rows):
+            self.left_out[f"longer than the context of {context}"] = len(rows) - len(self.rows)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items()) or "none"
         print(f"{len(self.rows):,} pairs; left out: {reasons}")
         if not self.rows:
@@ -158,7 +160,7 @@ class Pairs:
 
 def load_pairs(path, tokenizer, context, seed):
     """The pairs of a file, or the embedded ones where path is None."""
-    return Pairs(read_pairs(path) if path else preferences("train", seed, PER_LANGUAGE), tokenizer, context, seed)
+    return Pairs(*encode_pairs(read_pairs(path) if path else preferences("train", seed, PER_LANGUAGE), tokenizer), context, seed)
 
 
 @torch.no_grad()
@@ -170,6 +172,21 @@ def pair_accuracy(model, pairs, rows=32):
         chosen_B, rejected_B = model(batch["tokens"].to(device), batch["doc_ids"].to(device)).chunk(2)
         right += int((chosen_B > rejected_B).sum())
     return right / len(pairs.rows)
+
+
+@torch.no_grad()
+def rewards(model, tokenizer, chats, rows=64):
+    """The reward of each whole conversation, a list; the last message is the answer that is judged."""
+    encoded, result, device = [tokenizer.encode_chat(chat)[0] for chat in chats], [0.0] * len(chats), next(model.parameters()).device
+    order = sorted(range(len(chats)), key=lambda i: len(encoded[i]))
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        width = len(encoded[chosen[-1]])
+        tokens_BT = torch.tensor([encoded[i] + [0] * (width - len(encoded[i])) for i in chosen], device=device)
+        doc_ids_BT = torch.tensor([[0] * len(encoded[i]) + [-1] * (width - len(encoded[i])) for i in chosen], device=device)
+        for i, reward in zip(chosen, model(tokens_BT, doc_ids_BT).tolist(), strict=True):
+            result[i] = reward
+    return result
 
 
 def load_reward_model(run, device, stage="reward"):
@@ -191,7 +208,7 @@ def main():
     state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
     inherit(state, tokenizer)
     pairs = load_pairs(args.data, tokenizer, state["config"]["max_seq_len"], args.seed)
-    held_out = Pairs(preferences("test", args.seed, 30), tokenizer, state["config"]["max_seq_len"], args.seed)
+    held_out = Pairs(*encode_pairs(preferences("test", args.seed, 30), tokenizer), state["config"]["max_seq_len"], args.seed)
     stages = [f"reward/{member}" for member in range(1, len(MEMBERS) + 1)]
     for stage, (epochs, peak, shape) in zip(stages, MEMBERS, strict=True):
         steps = args.steps or epochs * math.ceil(len(pairs.rows) / PAIRS)

@@ -30,7 +30,7 @@ STAGES = {
     "sft1": ("long", Schedule(3400, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
     "sft2": ("sft1", Schedule(1400, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
-PER_STEP = 3  # embedded tasks a language for each optimizer step, so that a task is read about once
+PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -176,12 +176,12 @@ class Chats:
         too_long = 0
         for i, (task, thinking) in enumerate(chats):
             domain = DOMAINS[task.get("task") not in ECOMMERCE and task.get("task") not in CONVERSATIONS]
-            sample = tokenizer.encode_chat(chat_of(task, thinking), thinking=thinking, full_loss=domain in full)
-            if len(sample[0]) > context:
+            ids, mask = tokenizer.encode_chat(chat_of(task, thinking), thinking=thinking, full_loss=domain in full)
+            if len(ids) > context:
                 too_long += 1
-                print(f"sample {task.get('id', i)} has {len(sample[0])} tokens, more than the context {context}: left out")
+                print(f"sample {task.get('id', i)} has {len(ids)} tokens, more than the context {context}: left out")
                 continue
-            self.samples.append(sample)
+            self.samples.append((np.array(ids, np.int32), np.array(mask, np.bool_)))  # lists would take eight times the memory
             self.domains.append(DOMAINS.index(domain))
         if not self.samples:
             raise InputError("no conversation fits the context")
@@ -252,7 +252,7 @@ def run_stage(stage, args, device, tokenizer):
     if args.data:
         examples = read_tasks(args.data)
     else:
-        examples = training(args.seed, PER_STEP * schedule.steps)
+        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps))
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
     model = load_model(state, device)

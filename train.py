@@ -259,12 +259,13 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     return loss, norm, finite, {name: value.tolist() for name, value in metrics.items()}
 
 
-def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200):
+def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200, watch=None):
     """Train `model` in place and leave <run>/<stage>/step_N.pt and metrics.jsonl behind.
 
     batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function
     of the step. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss
     or gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
+    watch(metrics of a step) -> a warning to log and say once, or None.
     """
     device, optimizer, start = next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
     if resume and checkpoints(run, stage):
@@ -283,7 +284,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         prune(run, stage)
 
     model.train()
-    bad, collapsed = 0, False
+    bad, collapsed, warned = 0, False, False
     bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1)
     with _Stop() as stop, open(os.path.join(run, "metrics.jsonl"), "a", encoding="utf-8") as log, bar:
         for step in bar:
@@ -305,6 +306,11 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
                         collapsed = True
                 if step + 1 == schedule.steps:
                     entry["load"] = load
+            if watch and finite and (warning := watch(metrics)):
+                entry["warning"] = warning
+                if not warned:
+                    bar.write(f"{stage} step {step}: {warning} (said once; see metrics.jsonl)")
+                    warned = True
             bad = 0 if finite else bad + 1
             if bad:
                 entry.update(loss=None, grad_norm=None, skipped="non-finite loss or gradient")

@@ -14,10 +14,6 @@ import json
 import os
 import random
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -26,7 +22,8 @@ from benchmarks.tuning import train
 from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
-from evaluate import DEPTHS, bits_per_byte, retrieval
+from evaluate import bits_per_byte, retrieval
+from report import plot_needles
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
@@ -75,8 +72,8 @@ def train_stage(model, stage, tokenised, tokenizer, steps, seed):
 
 
 def measure(model, tokenizer, held, seed):
-    needles, lines = retrieval(model, tokenizer, LENGTHS, seed=seed, n=20, langs=("en",))
-    return {"needles": needles, "lines": lines, "bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values())))}
+    bits = float(np.mean(list(bits_per_byte(model, tokenizer, held).values())))
+    return {**retrieval(model, tokenizer, LENGTHS, seed=seed, n=20, langs=("en",)), "bits": bits}
 
 
 def one_seed(tokenised, tokenizer, held, seed):
@@ -89,23 +86,6 @@ def one_seed(tokenised, tokenizer, held, seed):
         model.load_state_dict(short.state_dict())
         figures[name] = measure(train_stage(model, "long", tokenised, tokenizer, LONG_STEPS, seed), tokenizer, held, seed)
     return figures
-
-
-def plot(results, path):
-    """A heat map for each way, mean over seeds: depth by length, line retrieval below."""
-    figure, axes = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.2), sharey=True)
-    for axis, (name, runs) in zip(axes, results.items(), strict=True):
-        grid = np.vstack([np.mean([run["needles"] for run in runs], axis=0).T, np.mean([run["lines"] for run in runs], axis=0)])
-        axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-        for (i, j), value in np.ndenumerate(grid):
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
-        axis.set_xticks(range(len(LENGTHS)), LENGTHS)
-        axis.set_yticks(range(len(grid)), [*(f"{100 * depth:.0f} %" for depth in DEPTHS), "lines"])
-        axis.set(title=name, xlabel="tokens")
-    axes[0].set_ylabel("depth of the needle")
-    figure.suptitle("needles found, %")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def main():
@@ -121,8 +101,12 @@ def main():
             print(f"seed {seed}, {name}: bits per byte {figures['bits']:.4f}; needles", *(f"{value:.2f}" for value in by_length),
                   "; lines", *(f"{value:.2f}" for value in figures["lines"]), flush=True)  # fmt: skip
         with open(os.path.join(RESULTS, "long_context.json"), "w") as file:
-            json.dump({"lengths": LENGTHS, "depths": DEPTHS, "runs": results}, file)
-        plot(results, os.path.join(RESULTS, "long_context.png"))
+            json.dump(results, file)
+        means = {
+            name: {**runs[0], **{key: np.mean([run[key] for run in runs], axis=0) for key in ("needles", "lines")}}
+            for name, runs in results.items()
+        }
+        plot_needles(means, os.path.join(RESULTS, "long_context.png"))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def trl_speed(config, samples, rows, accumulate):
                 max_steps=STEPS, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1000, bf16=False, fp16=False,
                 completion_only_loss=True, learning_rate=1e-4, gradient_checkpointing=False, optim="adamw_torch_fused", disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_dict({"input_ids": [ids for ids, _ in samples], "completion_mask": [mask for _, mask in samples]}),
+            train_dataset=Dataset.from_dict(
+                {"input_ids": [ids.tolist() for ids, _ in samples], "completion_mask": [mask.astype(int).tolist() for _, mask in samples]}
+            ),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>"),
             callbacks=[clock],
         )  # fmt: skip

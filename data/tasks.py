@@ -195,16 +195,25 @@ def fingerprint(made):
     return hashlib.sha256(json.dumps(made, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
 
 
-CONVERSATIONS = {  # training only: one reading of a page or a listing serves many answers
-    "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
+def ledger(lang, rng, split):
+    """Lines that say where parcels lie, perhaps pages among them; each question names one parcel, the answer is its city."""
+    lines = market.ledger_lines(lang, rng, rng.randint(2, 8))
+    pages = [page(draw_product(rng, split), lang, rng, split) for _ in range(rng.randint(0, 2))]
+    pairs = [line.split(": ") for line in rng.sample(lines, min(4, len(lines)))]
+    return chat("\n\n".join(rng.sample(lines + pages, len(lines + pages))), [(f"{parcel}:", city) for parcel, city in pairs])
+
+
+CONVERSATIONS = {  # training only: one reading of a text serves many answers
+    "page": functools.partial(dialogue, kinds=(*market.ASKED, "match", "match"), turns=len(market.ASKED)),
     "listing": functools.partial(recommendation, turns=3),
+    "ledger": ledger,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact
 TRAINING = {
-    "page": 15, "listing": 2, "review_understanding": 6, "query_rewriting": 11, "matching": 2, "classification": 1,
-    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
-    "similarity": 1, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
-    "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
+    "page": 10, "listing": 4, "ledger": 4, "review_understanding": 5, "query_rewriting": 5, "matching": 5, "classification": 1,
+    "product_info": 1, "attribute_extraction": 1, "dialogue": 1, "mathematics": 5, "numerical_reasoning": 5,
+    "similarity": 5, "information_generation": 4, "questioning": 5, "safety": 4, "knowledge": 5, "understanding": 2,
+    "reasoning": 5, "creative": 3, "coding": 4, "function_call": 4, "retrieval": 4, "role_play": 3, "platform": 5,
 }  # fmt: skip
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data.preferences import preferences
-from dpo import add_reference, dpo_loss, dpo_objective, select_pair, token_logprobs
+from dpo import add_reference, alarm, dpo_loss, dpo_objective, label, select_pair, token_logprobs
+from generate import Completion
 from otpo import otpo_objective
-from reward import PAIRS, Pairs
+from reward import PAIRS, Pairs, encode_pairs
 from train import _train_step, make_optimizer
 
 
@@ -106,19 +107,57 @@ def test_what_cannot_be_trained_on_is_counted(micro_tokenizer, capsys):
         {**good, "rejected": "red "}, {**good, "chosen": " "}, {**good, "rejected": ""},
         {**good, "messages": [{"role": "user", "content": "word " * 200}]}, {**good, "chosen": "very " * 200},
     ]  # fmt: skip
-    pairs = Pairs([good, *bad], micro_tokenizer, 64, 0)
+    pairs = Pairs(*encode_pairs([good, *bad], micro_tokenizer), 64, 0)
     assert len(pairs.rows) == 1 and pairs.left_out == {"identical answers": 1, "an empty answer": 2, "longer than the context of 64": 2}
     assert "1 pairs; left out: 1 identical answers, 2 an empty answer, 2 longer than the context of 64" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no pair is left"):
-        Pairs(bad, micro_tokenizer, 64, 0)
+        Pairs(*encode_pairs(bad, micro_tokenizer), 64, 0)
 
 
 def test_only_the_last_answer_is_judged(micro_tokenizer):
     chat = [{"role": "user", "content": "hat?"}, {"role": "assistant", "content": "which"}, {"role": "user", "content": "mine"}]
-    (batch,) = Pairs([{"messages": chat, "chosen": "red", "rejected": "blue"}], micro_tokenizer, 64, 0).batch(0)
+    (batch,) = Pairs(*encode_pairs([{"messages": chat, "chosen": "red", "rejected": "blue"}], micro_tokenizer), 64, 0).batch(0)
     for row, answer in ((0, "red"), (PAIRS, "blue")):
         kept = batch["tokens"][row][batch["mask"][row] > 0].tolist()
         assert kept == [*micro_tokenizer.encode(" " + answer), micro_tokenizer.special["<|end|>"]]
+
+
+def completion(tokenizer, text, stopped=True, think=None):
+    ids = tokenizer.encode(" " + text)
+    if think:
+        ids = [tokenizer.special["<think>"], *tokenizer.encode(" " + think), tokenizer.special["</think>"], *ids]
+    return Completion(tokenizer.decode(ids), ids, [0.0] * len(ids), stopped)
+
+
+def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
+    t, user = micro_tokenizer, [{"role": "user", "content": "?"}]
+    examples = [
+        {"messages": user, "answer": "7", "scorer": "number", "think": "3 + 4"}, {"messages": user, "answer": "red", "scorer": "exact"},
+        {"messages": user, "answer": "red", "scorer": "exact"}, {"messages": user, "answer": "soft red", "scorer": "covers"},
+    ]  # fmt: skip
+    sampled = [
+        [completion(t, "8", think="long"), completion(t, "7", think="a"), completion(t, "7", think="bb"), completion(t, "9", stopped=False)],
+        [completion(t, "red")] * 4, [completion(t, "blue"), completion(t, "green"), completion(t, "", False), completion(t, "Red.", False)],
+        [completion(t, text) for text in ("soft red", "red", "soft red!", "blue")],
+    ]  # fmt: skip
+    prompts = [t.encode_chat(task["messages"], thinking="think" in task)[0] for task in examples]
+    worth = {"8": 5.0, "7": 1.0, "soft red": 1.0, "red": 3.0, "soft red!": 2.0, "blue": -1.0, "green": 0.0}
+    flat = [one for answers in sampled for one in answers]
+    rows, left_out = label(t, examples, prompts, flat, lambda task, answers: [worth[answer] for answer in answers])
+    assert left_out == {"unfinished or empty answers": 3, "prompts with all answers right": 1, "prompts with all answers wrong": 1}
+    answers = [[t.decode([i for i, m in zip(ids, mask, strict=True) if m]) for ids, mask in row] for row in rows]
+    # a checkable answer: right against wrong, whatever the reward says; an open one: by reward alone
+    assert answers == [["<think> a</think> 7<|end|>", "<think> long</think> 8<|end|>"], [" red<|end|>", " blue<|end|>"]]
+    assert all(ids[: len(prompt)] == prompt for prompt, row in zip((prompts[0], prompts[3]), rows, strict=True) for ids, _ in row)
+    (mixed, _), _ = label(t, examples, prompts, flat, lambda task, answers: [worth[answer] for answer in answers], off_policy=True)
+    assert t.decode(mixed[0][0]).endswith("<think> 3 + 4</think> 7<|end|>") and mixed[1] == rows[0][1]
+    assert sum(mixed[0][1]) == len(t.encode(" 3 + 4")) + len(t.encode(" 7")) + 3
+
+
+def test_alarms():
+    fine = {"chosen_drift": -0.2, "kl": 0.1}
+    assert alarm(fine) is None
+    assert "chosen answers have lost 1.5 nats" in alarm({**fine, "chosen_drift": -1.5}) and "KL" in alarm({**fine, "kl": 3.0})
 
 
 OBJECTIVES = [dpo_objective(0.1), *(otpo_objective(0.1, weights) for weights in ("transport", "uniform", "ones"))]
@@ -126,7 +165,7 @@ OBJECTIVES = [dpo_objective(0.1), *(otpo_objective(0.1, weights) for weights in 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_few_steps_prefer_the_chosen(micro_model, micro_tokenizer, objective):
-    pairs = Pairs(preferences("train", 0, 3), micro_tokenizer, 1024, 0)
+    pairs = Pairs(*encode_pairs(preferences("train", 0, 3), micro_tokenizer), 1024, 0)
     add_reference(pairs, micro_model)
     optimizer, cpu = make_optimizer(micro_model), torch.device("cpu")
     history = [_train_step(micro_model, optimizer, pairs.batch(0), objective, 3e-3, cpu) for _ in range(8)]

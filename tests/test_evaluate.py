@@ -84,11 +84,17 @@ def test_needles_have_the_length_and_hold_the_answer_once(micro_tokenizer):
 
 
 def test_retrieval_counts_what_is_found(micro_model, micro_tokenizer, monkeypatch):
-    assert retrieval(micro_model, micro_tokenizer, (64,), n=2) == ([[0.0] * 5], [0.0])
+    assert retrieval(micro_model, micro_tokenizer, (64,), n=2)["needles"] == [[0.0] * 5]
     # two lengths of six cells with two needles each: the first length finds its first cell, the second its lines and half of its last depth
     found = [i in (0, 1, 20, 22, 23) for i in range(24)]
-    monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(0.0, hit) for hit in found])
-    assert retrieval(micro_model, micro_tokenizer, (64, 128), n=2) == ([[1.0, 0, 0, 0, 0], [0, 0, 0, 0, 0.5]], [0.0, 1.0])
+    asked = []
+    monkeypatch.setattr("evaluate.score_continuations", lambda *args: asked.append(args[2]) or [(0.0, hit) for hit in found])
+    for chat in (False, True):
+        result = retrieval(micro_model, micro_tokenizer, (64, 128), n=2, chat=chat)
+        assert (result["needles"], result["lines"]) == ([[1.0, 0, 0, 0, 0], [0, 0, 0, 0, 0.5]], [0.0, 1.0])
+    for (plain, answer), (chat, same) in zip(*asked, strict=True):
+        assert answer == same and chat[-1] == micro_tokenizer.special["<|assistant|>"]
+        assert micro_tokenizer.decode(plain) in micro_tokenizer.decode(chat)
 
 
 def test_samples(micro_model, micro_tokenizer, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.preferences import preferences
-from reward import Pairs, RewardModel, average_weights, best_of_n, bradley_terry_loss, reward_loss
+from reward import Pairs, RewardModel, average_weights, best_of_n, bradley_terry_loss, encode_pairs, reward_loss
 from train import _train_step, make_optimizer
 
 
@@ -45,7 +45,7 @@ def test_best_of_n_equals_all_subsets():
 
 
 def test_a_reward_model_learns_and_looks_at_the_last_token(micro_model, micro_tokenizer):
-    pairs, cpu = Pairs(preferences("train", 0, 3), micro_tokenizer, 1024, 0), torch.device("cpu")
+    pairs, cpu = Pairs(*encode_pairs(preferences("train", 0, 3), micro_tokenizer), 1024, 0), torch.device("cpu")
     model = RewardModel(micro_model)
     optimizer = make_optimizer(model)
     history = [_train_step(model, optimizer, pairs.batch(0), reward_loss, 3e-3, cpu) for _ in range(12)]

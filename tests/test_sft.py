@@ -126,7 +126,7 @@ def test_mixed_loss_trains_on_whole_conversations_of_its_domain(micro_tokenizer)
     examples = [(task, False) for task in tasks("train", 0, 1)]
     answers, mixed = (Chats(examples, micro_tokenizer, 1024, 0, full=FULL[name]) for name in ("none", "e-commerce"))
     for (task, _), (ids, mask), (_, mixed_mask), domain in zip(examples, answers.samples, mixed.samples, mixed.domains, strict=True):
-        full = [0] + [1] * (len(ids) - 1)
+        full, mask, mixed_mask = [0] + [1] * (len(ids) - 1), mask.tolist(), mixed_mask.tolist()
         assert domain == (task["task"] in data_general.TASKS or task["task"] == "mathematics")
         assert mixed_mask == (full if domain == 0 else mask) and mask != full
 

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The checkpoint that ships with the repository: the same chain as demo.sh with more steps. Killed, it goes on where it was.
+#   bash pretrained.sh             about two hours on two cores; trains in runs/pretrained, ends in checkpoints/tiny
+#   SEED=1 RUN=runs/seed1 OUT=runs/seed1/export bash pretrained.sh      another seed
+set -euo pipefail
+RUN=${RUN:-runs/pretrained} OUT=${OUT:-checkpoints/tiny} SEED=${SEED:-0}
+stage() {  # script, stage, steps
+    python "$1" --run "$RUN" --seed "$SEED" --resume --stage "$2" --steps "${STEPS:-$3}"
+}
+
+[ -f "$RUN/tokenizer.tiktoken" ] || python tokenizer.py --run "$RUN" --seed "$SEED"
+stage train.py general 1500
+stage train.py anneal 400
+stage train.py long 150
+stage sft.py sft1 15000     # direct answers
+stage sft.py sft2 40000     # thoughts beside them
+python evaluate.py --run "$RUN" --tasks "${TASKS:-25}"
+python checkpoint.py --run "$RUN" --export "$OUT"
