@@ -79,21 +79,20 @@ def filtered_probs(logits_BV, seen_BV, sampling):
     negative ones multiplied by the penalty. Greedy puts all mass on the largest logit.
     """
     logits_BV = logits_BV.float()
-    penalised = torch.where(logits_BV > 0, logits_BV / sampling.repetition, logits_BV * sampling.repetition)
-    logits_BV = torch.where(seen_BV, penalised, logits_BV)
+    if sampling.repetition != 1:
+        penalised = torch.where(logits_BV > 0, logits_BV / sampling.repetition, logits_BV * sampling.repetition)
+        logits_BV = torch.where(seen_BV, penalised, logits_BV)
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     probs_BV = (logits_BV / sampling.temperature).softmax(-1)
-    sorted_BV, index_BV = probs_BV.sort(stable=True, dim=-1, descending=True)
-    keep_BV = torch.ones_like(sorted_BV, dtype=torch.bool)
-    if sampling.top_k:
-        keep_BV[:, sampling.top_k :] = False
-    sorted_BV = sorted_BV * keep_BV
-    sorted_BV = sorted_BV / sorted_BV.sum(-1, keepdim=True)
+    if not sampling.top_k and sampling.top_p >= 1:  # nothing to filter, so nothing to sort
+        return probs_BV
+    V = probs_BV.shape[1]
+    top_BK, index_BK = probs_BV.topk(min(sampling.top_k or V, V))
+    top_BK = top_BK / top_BK.sum(-1, keepdim=True)
     # nucleus: the smallest set of top tokens whose mass reaches top_p, the one that crosses it included
-    sorted_BV = sorted_BV * (sorted_BV.cumsum(-1) - sorted_BV < sampling.top_p)
-    probs_BV = torch.zeros_like(probs_BV).scatter_(1, index_BV, sorted_BV)
-    return probs_BV / probs_BV.sum(-1, keepdim=True)
+    top_BK = top_BK * (top_BK.cumsum(-1) - top_BK < sampling.top_p)
+    return torch.zeros_like(probs_BV).scatter_(1, index_BK, top_BK / top_BK.sum(-1, keepdim=True))
 
 
 def _draw(probs_BV, generators):

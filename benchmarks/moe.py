@@ -76,12 +76,34 @@ def their_model(config, experts, attention):
         Qwen2MoeConfig(
             vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
             num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, num_experts=c.n_experts, num_experts_per_tok=c.top_k,
-            moe_intermediate_size=c.expert_dim, shared_expert_intermediate_size=c.n_shared * c.expert_dim, norm_topk_prob=True,
+            moe_intermediate_size=c.expert_dim, shared_expert_intermediate_size=max(1, c.n_shared * c.expert_dim), norm_topk_prob=True,
             tie_word_embeddings=False, qkv_bias=False, decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=True,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_base}, attn_implementation=attention,
             experts_implementation=experts, use_cache=False,
         )
     )  # fmt: skip
+
+
+@torch.no_grad()
+def twin(ours):
+    """Qwen2-MoE with the weights of `ours`, which must have no shared experts (theirs are gated); theirs are zeroed."""
+    c = ours.config
+    theirs = their_model(c, "eager", "eager")
+    theirs.config.output_router_logits = False
+    theirs.model.embed_tokens.weight.copy_(ours.embedding.weight)
+    theirs.lm_head.weight.copy_(ours.head.weight)
+    theirs.model.norm.weight.copy_(ours.norm.weight)
+    for block, layer in zip(ours.blocks, theirs.model.layers, strict=True):
+        q, k, v = block.attention.qkv.weight.split((c.n_heads * c.head_dim, *[c.n_kv_heads * c.head_dim] * 2))
+        for name, w in (("q_proj", q), ("k_proj", k), ("v_proj", v), ("o_proj", block.attention.out.weight)):
+            getattr(layer.self_attn, name).weight.copy_(w)
+        layer.input_layernorm.weight.copy_(block.attention_norm.weight)
+        layer.post_attention_layernorm.weight.copy_(block.feed_forward_norm.weight)
+        layer.mlp.gate.weight.copy_(block.feed_forward.router.weight)
+        layer.mlp.experts.gate_up_proj.copy_(block.feed_forward.gate_up_ED2F.transpose(1, 2))
+        layer.mlp.experts.down_proj.copy_(block.feed_forward.down_EFD.transpose(1, 2))
+        layer.mlp.shared_expert.down_proj.weight.zero_()
+    return theirs
 
 
 def their_step(config, experts, attention):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.moe import twin
 from compass import CONFIGS, Compass
 from data import market
 from tokenizer import Tokenizer, train_bpe
@@ -32,39 +33,9 @@ def micro_model(micro_config):
 @pytest.fixture
 def pair(micro_model):
     """Our micro model and transformers' Qwen2-MoE with the same weights (without shared experts)."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    c = dataclasses.replace(micro_model.config, n_shared=0)
     torch.manual_seed(0)
-    ours = Compass(c)
-    theirs = Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, num_experts=c.n_experts, num_experts_per_tok=c.top_k,
-            moe_intermediate_size=c.expert_dim, shared_expert_intermediate_size=1, norm_topk_prob=True,
-            rms_norm_eps=c.norm_eps, tie_word_embeddings=False, qkv_bias=False, decoder_sparse_step=1, mlp_only_layers=[],
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base}, attn_implementation="eager",
-        )
-    )  # fmt: skip
-    H, G, C = c.n_heads, c.n_kv_heads, c.head_dim
-    with torch.no_grad():
-        theirs.model.embed_tokens.weight.copy_(ours.embedding.weight)
-        theirs.lm_head.weight.copy_(ours.head.weight)
-        theirs.model.norm.weight.copy_(ours.norm.weight)
-        for block, layer in zip(ours.blocks, theirs.model.layers, strict=True):
-            q, k, v = block.attention.qkv.weight.split((H * C, G * C, G * C))
-            for name, w in (("q_proj", q), ("k_proj", k), ("v_proj", v), ("o_proj", block.attention.out.weight)):
-                projection = getattr(layer.self_attn, name)
-                projection.weight.copy_(w)
-                if projection.bias is not None:
-                    projection.bias.zero_()
-            layer.input_layernorm.weight.copy_(block.attention_norm.weight)
-            layer.post_attention_layernorm.weight.copy_(block.feed_forward_norm.weight)
-            layer.mlp.gate.weight.copy_(block.feed_forward.router.weight)
-            layer.mlp.experts.gate_up_proj.copy_(block.feed_forward.gate_up_ED2F.transpose(1, 2))
-            layer.mlp.experts.down_proj.copy_(block.feed_forward.down_EFD.transpose(1, 2))
-            layer.mlp.shared_expert.down_proj.weight.zero_()
-    return ours, theirs
+    ours = Compass(dataclasses.replace(micro_model.config, n_shared=0))
+    return ours, twin(ours)
 
 
 @pytest.fixture(scope="session")

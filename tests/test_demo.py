@@ -8,10 +8,11 @@ import sys
 from itertools import islice
 
 import pytest
+import torch
 from conftest import ROOT
 
 import cli
-from checkpoint import checkpoints
+from checkpoint import checkpoints, load_latest
 from data import market
 from data.reader import read_tasks
 from data.tasks import tasks, training
@@ -64,6 +65,23 @@ def test_a_users_own_tasks(demo, script, tmp_path):
 def test_checkpoints_are_listed(demo, script):
     result = script("checkpoint.py", "--run", demo[0])
     assert result.stdout.count("intact, 2.6") == 5 and result.stdout.endswith("newest stage: sft2\n")
+
+
+def test_the_shipped_checkpoints_script_goes_on_and_exports(demo, script, tmp_path):
+    run, out = shutil.copytree(demo[0], tmp_path / "run"), tmp_path / "out"
+    env = {**os.environ, "RUN": str(run), "OUT": str(out), "STEPS": "3", "TASKS": "1"}
+    env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
+    first = subprocess.run(["bash", "pretrained.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert first.returncode == 0 and first.stdout.count("already finished") == 5, first.stderr[-2000:]
+    assert {"origin.json", "metrics.jsonl", "report.md", "tokenizer.tiktoken", "sft2"} <= set(os.listdir(out))
+    exact, short = (load_latest(str(folder), "sft2") for folder in (run, out))
+    assert short["optimizer"] is None and short["step"] == 3 and short["seed"] == 0
+    for name, tensor in exact["model"].items():
+        assert short["model"][name].dtype == torch.bfloat16 and torch.equal(short["model"][name], tensor.bfloat16())
+    assert os.path.getsize(checkpoints(out, "sft2")[0]) < 0.2 * os.path.getsize(checkpoints(run, "sft2")[0])
+    assert script("generate.py", "--run", out, "--prompt", "hi").returncode == 0
+    again = script("checkpoint.py", "--run", run, "--export", out)
+    assert again.returncode == 2 and "already holds a checkpoint" in again.stderr
 
 
 def test_corpus_benchmark_reads_a_folder(demo, script, tmp_path):

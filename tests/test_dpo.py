@@ -1,16 +1,18 @@
 """dpo.py: log-probabilities against whole logits, the loss against its closed form and trl's trainer, the choice of pairs by rule."""
 
+import argparse
 import copy
 import math
 
 import pytest
 import torch
 
+from checkpoint import latest_stage, load_latest, read_metrics, save_checkpoint
 from data.preferences import preferences
-from dpo import add_reference, alarm, dpo_loss, dpo_objective, label, select_pair, token_logprobs
+from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, online, select_pair, token_logprobs
 from generate import Completion
 from otpo import otpo_objective
-from reward import PAIRS, Pairs, encode_pairs
+from reward import PAIRS, Pairs, RewardModel, encode_pairs
 from train import _train_step, make_optimizer
 
 
@@ -136,7 +138,7 @@ def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
         {"messages": user, "answer": "red", "scorer": "exact"}, {"messages": user, "answer": "soft red", "scorer": "covers"},
     ]  # fmt: skip
     sampled = [
-        [completion(t, "8", think="long"), completion(t, "7", think="a"), completion(t, "7", think="bb"), completion(t, "9", stopped=False)],
+        [completion(t, "8", think="long"), completion(t, "7", think="a"), completion(t, "7", think="bb"), completion(t, "9", False)],
         [completion(t, "red")] * 4, [completion(t, "blue"), completion(t, "green"), completion(t, "", False), completion(t, "Red.", False)],
         [completion(t, text) for text in ("soft red", "red", "soft red!", "blue")],
     ]  # fmt: skip
@@ -172,3 +174,33 @@ def test_a_few_steps_prefer_the_chosen(micro_model, micro_tokenizer, objective):
     first, last = history[0][3], history[-1][3]
     assert history[0][0] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
     assert history[-1][0] < 0.6 and last["margin"] > 0 and last["accuracy"] > first["accuracy"] and last["kl"] > 0
+
+
+def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, monkeypatch, capsys):
+    """Two rounds with fabricated samples: the second starts from the first, the reference stays, a finished round is not sampled again."""
+    micro_tokenizer.save(tmp_path)
+    common = dict(tokenizer_hash=micro_tokenizer.hash, step=1)
+    save_checkpoint(str(tmp_path / "sft2" / "step_1.pt"), micro_model, stage="sft2", **common)
+    save_checkpoint(str(tmp_path / "reward" / "step_1.pt"), RewardModel(micro_model), stage="reward", **common)
+    starts = []
+
+    def sampled(model, tokenizer, examples, n, seed):
+        starts.append(model.head.weight.detach().clone())
+        prompts = [tokenizer.encode_chat(task["messages"])[0] for task in examples]
+        return prompts, [completion(tokenizer, text) for task in examples for text in (task["answer"], "wrong")]
+
+    monkeypatch.setattr("dpo.sample_answers", sampled)
+    made = [{"messages": [{"role": "user", "content": f"{i}?"}], "answer": str(i), "scorer": "number"} for i in range(9)]
+    monkeypatch.setattr("dpo.tasks", lambda *_: made)
+    args = argparse.Namespace(run=str(tmp_path), device="cpu", seed=0, steps=4, resume=False, rounds=2)
+    online("dpo", dpo_objective(0.1), args, schedule=ROUND._replace(peak=1e-3))
+    assert torch.equal(starts[0], micro_model.head.weight) and not torch.equal(starts[1], starts[0])
+    first, second = load_latest(str(tmp_path), "dpo/1")["model"], load_latest(str(tmp_path), "dpo")["model"]
+    assert torch.equal(first["head.weight"], starts[1]) and not torch.equal(second["head.weight"], starts[1])
+    logged = [entry for entry in read_metrics(str(tmp_path)) if entry["stage"].startswith("dpo")]
+    assert [entry["stage"] for entry in logged] == ["dpo/1"] * 4 + ["dpo"] * 4
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and logged[4]["kl"] > 1e-6  # round 2 is measured against the reference
+    online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), "resume": True}))
+    assert len(starts) == 2 and capsys.readouterr().out.count("already finished") == 2
+    online("otpo", otpo_objective(0.1), args, off_policy=True)
+    assert latest_stage(str(tmp_path)) == "otpo"

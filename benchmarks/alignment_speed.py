@@ -1,0 +1,112 @@
+"""Two speeds that alignment lives on, each beside its peer in the same run.
+
+OTPO's token weights, one batched solve, against POT's unbalanced Sinkhorn pair by pair (batch 64, answers of up to 256 tokens). And n = 32
+answers of 48 tokens, sampled as online DPO samples, from one shared prompt cache, against transformers' generate with the same weights and
+settings; it has no ungated shared experts, so our model has none here. Arms take turns, medians of five.
+
+    python -m benchmarks.alignment_speed      # about two minutes
+"""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import cli
+from benchmarks.moe import medians, twin
+from benchmarks.vocabulary import RESULTS
+from compass import CONFIGS, Compass
+from dpo import EXPLORING
+from generate import generate
+from otpo import ot_token_weights
+from tokenizer import Tokenizer, train_bpe
+
+B, T, D, N, PROMPTS, NEW, ROUNDS = 64, 256, 128, 32, (128, 768), 48, 5
+
+
+def transport_arms():
+    """Ours, and POT in its log domain (stable, slower) and its plain one (faster), in fp64 as its users run it."""
+    import ot
+
+    g = torch.Generator().manual_seed(0)
+    states = [torch.randn(B, T, D, generator=g) for _ in range(2)]
+    masks = [(torch.arange(T) < torch.randint(T // 4, T + 1, (B, 1), generator=g)).float() for _ in range(2)]
+
+    def pot(method):
+        def arm():
+            weights = []
+            for h_c, h_r, m_c, m_r in zip(*states, *masks, strict=True):
+                h_c, h_r = h_c[m_c > 0].double(), h_r[m_r > 0].double()
+                cost = torch.cdist(h_c, h_r, compute_mode="donot_use_mm_for_euclid_dist")
+                cost = (cost / cost.max().clamp_min(1)).numpy()
+                plan = ot.unbalanced.sinkhorn_unbalanced(
+                    np.ones(len(h_c)), np.ones(len(h_r)), cost, 1.0, 0.2, method=method, reg_type="entropy", stopThr=1e-9
+                )  # fmt: skip
+                tau = min(len(h_c), len(h_r)) / plan.sum()
+                weights.append((tau * plan.sum(1), tau * plan.sum(0)))
+            return weights
+
+        return arm
+
+    def ours():
+        return ot_token_weights(*states, *masks)
+
+    w_c, w_r = ours()
+    worst = max(
+        np.abs(side[b, : len(theirs)].numpy() - theirs).max()
+        for b, pair in enumerate(pot("sinkhorn")()) for side, theirs in zip((w_c, w_r), pair, strict=True)
+    )  # fmt: skip
+    print(f"largest difference of a weight: {worst:.1e}")
+    return {"ours, batched": ours, "POT, pair by pair": pot("sinkhorn"), "POT, log domain": pot("sinkhorn_stabilized")}
+
+
+def sampling_arms(length):
+    """Ours and transformers' experts and attention implementations on a prompt of `length` tokens."""
+    torch.manual_seed(0)
+    config = replace(CONFIGS["tiny"], n_shared=0, max_seq_len=1024)
+    model = Compass(config).eval()
+    tokenizer = Tokenizer(train_bpe(["a few words, so that the ids exist"] * 2, 300))
+    tokenizer.special = {name: -1 for name in tokenizer.special}  # nothing stops: every answer has NEW tokens
+    tokenizer.n_vocab = config.vocab_size
+    tokenizer.decode = lambda ids: ""
+    theirs = twin(model).eval()
+    prompt_T = torch.randint(300, (length,))
+
+    def ours():
+        return generate(model, tokenizer, [prompt_T.tolist()], replace(EXPLORING, max_tokens=NEW), N)
+
+    def peer(experts, attention):
+        def arm():
+            theirs.set_experts_implementation(experts)
+            theirs.set_attn_implementation(attention)
+            with torch.inference_mode():
+                return theirs.generate(
+                    prompt_T.unsqueeze(0), attention_mask=torch.ones(1, length), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    num_return_sequences=N, max_new_tokens=NEW, min_new_tokens=NEW, use_cache=True, pad_token_id=0,
+                )  # fmt: skip
+
+        return arm
+
+    assert all(len(completion.ids) == NEW for completion in ours())
+    arms = {f"transformers, {e}, {a}": peer(e, a) for e in ("eager", "grouped_mm") for a in ("eager", "sdpa")}
+    return {"ours, shared prompt": ours, **arms}
+
+
+def main():
+    cli.parse(__doc__)
+    results = {"threads": torch.get_num_threads()}
+    groups = {"transport": transport_arms(), **{f"sampling after {length} tokens": sampling_arms(length) for length in PROMPTS}}
+    for what, arms in groups.items():
+        seconds = results[what] = medians(arms, ROUNDS)
+        ours, *peers = seconds.values()
+        for name, value in seconds.items():
+            print(f"{what:27} {name:36} {value:8.3f} s")
+        print(f"{what:27} the best peer takes {min(peers) / ours:.1f} times as long\n")
+    with open(os.path.join(RESULTS, "alignment_speed.json"), "w") as file:
+        json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
