@@ -32,6 +32,12 @@ def use_triton(x):
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def count_assignments(expert_index, num_experts):
+    """How many assignments each expert has, (E,) int64: torch.bincount, which would wait for a GPU and has no size under fake tensors."""
+    flat_R = expert_index.reshape(-1)
+    return flat_R.new_zeros(num_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+
+
 def sort_by_expert(expert_index_NK, num_experts):
     """Stable sort of the R = N*K assignments by expert: (order_R, row_of_NK, counts_E), all int64.
 
@@ -41,7 +47,7 @@ def sort_by_expert(expert_index_NK, num_experts):
     order_R = torch.argsort(flat_R, stable=True)
     row_of_R = torch.empty_like(order_R)
     row_of_R[order_R] = torch.arange(flat_R.numel(), device=flat_R.device)
-    counts_E = torch.bincount(flat_R, minlength=num_experts)
+    counts_E = count_assignments(flat_R, num_experts)
     return order_R, row_of_R.view_as(expert_index_NK), counts_E
 
 
