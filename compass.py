@@ -153,6 +153,14 @@ class OneRank:
         """What lets a part of the sequence see all that comes before it in its document; None is plain causal."""
         return None if doc_ids_BT is None else document_mask(doc_ids_BT)
 
+    def take(self, batch):
+        """This rank's rows of a batch."""
+        return batch
+
+    def clip(self, parameters, limit):
+        """Clip the gradients' common norm and return it."""
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
 
 @functools.cache
 def flex():
@@ -364,14 +372,17 @@ def init_weights(module, n_layers):
     A fixed 0.02, the common choice, would not follow the width of the model.
     """
     for name, p in module.named_parameters():
-        if p.dim() < 2:
-            nn.init.ones_(p)
-            continue
-        fan_in = p.shape[1]  # (out, in) of nn.Linear, (E, in, out) of experts; an embedding counts its width
-        std = fan_in**-0.5
-        if name.endswith(("out.weight", "down.weight", "down_EFD")):
-            std /= (2 * n_layers) ** 0.5
-        nn.init.normal_(p, std=std)
+        init_parameter(name, p, n_layers)
+
+
+def init_parameter(name, p, n_layers):
+    if p.dim() < 2:
+        return nn.init.ones_(p)
+    fan_in = p.shape[1]  # (out, in) of nn.Linear, (E, in, out) of experts; an embedding counts its width
+    std = fan_in**-0.5
+    if name.endswith(("out.weight", "down.weight", "down_EFD")):
+        std /= (2 * n_layers) ** 0.5
+    return nn.init.normal_(p, std=std)
 
 
 def count_parameters(config):

@@ -149,6 +149,11 @@ class _Permute(torch.autograd.Function):
         return gather_rows(grad_RD, *ctx.saved_tensors), None
 
 
+def move_rows(x_RD, to_R):
+    """out_RD[to[r]] = x[r] for a permutation `to`."""
+    return _Permute.apply(x_RD, to_R.unsqueeze(1))
+
+
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD, row_of_NK, weights_NK):

@@ -82,10 +82,7 @@ class MoE(nn.Module):
         return logits_NE, probs_NK, index_NK
 
     def experts(self, x_RD, counts_E):
-        """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_RF, up_RF = grouped_matmul(x_RD, self.gate_up_ED2F, ends_E).chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate_RF) * up_RF, self.down_EFD, ends_E)
+        return grouped_swiglu(x_RD, counts_E, self.gate_up_ED2F, self.down_EFD)
 
     def forward(self, x_BTD):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -103,6 +100,13 @@ def grouped_matmul(x_RD, weight_EDF, ends_E):
         dtype = torch.get_autocast_dtype(x_RD.device.type)
         x_RD, weight_EDF = x_RD.to(dtype), weight_EDF.to(dtype)
     return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
+
+
+def grouped_swiglu(x_RD, counts_E, gate_up_ED2F, down_EFD):
+    """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products."""
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    gate_RF, up_RF = grouped_matmul(x_RD, gate_up_ED2F, ends_E).chunk(2, dim=-1)
+    return grouped_matmul(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
 
 
 def main():

@@ -35,12 +35,13 @@ from checkpoint import (
     save_checkpoint,
 )  # fmt: skip
 from cli import InputError
-from compass import Compass, config_named
+from compass import Compass, OneRank, config_named
 from data import reader
 from data.shards import Shards, is_shards
 from tokenizer import Tokenizer
 
 BETA1, WEIGHT_DECAY, CLIP = 0.9, 0.1, 1.0
+ONE_RANK = OneRank()
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 
 
@@ -201,9 +202,11 @@ def language_model_loss(model, batch):
 
 def make_optimizer(model, beta2=0.95):
     """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    groups = {}  # what is updated in one go lies on one mesh; a single process has none
+    for p in sorted(model.parameters(), key=lambda p: p.dim() < 2):
+        decay = WEIGHT_DECAY if p.dim() >= 2 else 0.0
+        groups.setdefault((decay, getattr(p, "device_mesh", None)), {"params": [], "weight_decay": decay})["params"].append(p)
+    groups = list(groups.values())
     return torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, beta2), fused=True)
 
 
@@ -222,22 +225,15 @@ class _Stop:
         signal.signal(signal.SIGTERM, self.previous)
 
 
-def sum_over_ranks(*tensors):
-    """Sum tensors in place over the data-parallel ranks; with one process they already are."""
-    if torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-
-
 def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     """One optimizer step on this rank's micro-batches. Micro-losses are weighed by their share of the global weight: one
     denominator over all micro-batches of all ranks."""
+    ranks = getattr(model, "ranks", ONE_RANK)
     weights = [batch["weights"].sum().item() for batch in micro_batches]
-    total = torch.tensor(sum(weights), dtype=torch.float64, device=device)
-    sum_over_ranks(total)
-    total = total.item()
+    total = ranks.sum(torch.tensor(sum(weights), dtype=torch.float64, device=device)).item()
     if total <= 0:
         raise InputError("a batch has no supervised token (every target has weight 0)")
+    weights = [max(weight, 1e-9) for weight in weights]  # a rank without targets still balances its experts
     loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
     optimizer.zero_grad(set_to_none=True)
     for batch, weight in zip(micro_batches, weights, strict=True):
@@ -248,9 +244,9 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
         loss += micro_loss.detach() * (weight / total)
         for name, value in micro_metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
-    sum_over_ranks(loss, *metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None))
-    loss = loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+    loss = ranks.sum(loss).item()
+    metrics = {name: ranks.sum(value) for name, value in metrics.items()}
+    norm = ranks.clip(model.parameters(), CLIP).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
