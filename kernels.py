@@ -149,9 +149,20 @@ class _Permute(torch.autograd.Function):
         return gather_rows(grad_RD, *ctx.saved_tensors), None
 
 
-def move_rows(x_RD, to_R):
-    """out_RD[to[r]] = x[r] for a permutation `to`."""
-    return _Permute.apply(x_RD, to_R.unsqueeze(1))
+class _MoveRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, from_R, to_R):
+        ctx.save_for_backward(to_R)
+        return x_RD.index_select(0, from_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        return grad_RD.index_select(0, *ctx.saved_tensors), None, None
+
+
+def move_rows(x_RD, from_R, to_R):
+    """out_RD[r] = x[from[r]] for a permutation and its inverse `to`: a copy each way, where autograd's own backward would add."""
+    return _MoveRows.apply(x_RD, from_R, to_R)
 
 
 class _Unpermute(torch.autograd.Function):

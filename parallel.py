@@ -156,9 +156,10 @@ def attend_in_context(group, q_BHTC, k_BGTC, v_BGTC, mask):
     return attend(q_BHTC, k_BGTC, v_BGTC, mask)
 
 
-def splits(counts_PE):
-    """Rows to exchange with each rank, a list: the one place where the host waits for a device's numbers (fake tensors have none)."""
-    return counts_PE.sum(1).tolist()
+def exchange_sizes(sent_PE, got_PE, rows):
+    """Rows that go to and come from each rank, two lists: the one place where the host waits for a device's numbers. plan.py, whose
+    tensors hold no numbers, puts a guess made from `rows` here."""
+    return sent_PE.sum(1).tolist(), got_PE.sum(1).tolist()
 
 
 def exchange_and_compute(moe, group, x_RD, counts_E):
@@ -166,14 +167,15 @@ def exchange_and_compute(moe, group, x_RD, counts_E):
     P = group.size()
     sent_PE = counts_E.view(P, -1)
     got_PE = all_to_all_single(sent_PE, None, None, group)
-    sent, got = splits(sent_PE), splits(got_PE)
+    sent, got = exchange_sizes(sent_PE, got_PE, len(x_RD))
     x_SD = all_to_all_single(x_RD, got, sent, group)
     local = torch.arange(sent_PE.shape[1], device=x_RD.device).repeat(P)
     expert_S = local.repeat_interleave(got_PE.flatten(), output_size=sum(got))
-    order_S, row_of_S1, counts_E = sort_by_expert(expert_S.unsqueeze(1), sent_PE.shape[1])
+    from_S, to_S1, counts_E = sort_by_expert(expert_S.unsqueeze(1), sent_PE.shape[1])
     weights = moe.gate_up_ED2F.to_local(), moe.down_EFD.to_local()
-    y_SD = grouped_swiglu(move_rows(x_SD, row_of_S1.squeeze(1)), counts_E, *weights)
-    y_SD = move_rows(y_SD, order_S)
+    to_S = to_S1.squeeze(1)
+    x_SD = move_rows(x_SD, from_S, to_S)
+    y_SD = move_rows(grouped_swiglu(x_SD, counts_E, *weights), to_S, from_S)
     return all_to_all_single(y_SD, sent, got, group)
 
 
@@ -279,3 +281,22 @@ def whole_of(p, order):
     """The whole tensor, in the order of a single process, from a parameter, gradient or moment of this layout."""
     whole = p.full_tensor()
     return whole if order is None else torch.empty_like(whole).index_copy_(0, order.to(whole.device), whole)
+
+
+def main():
+    args = cli.parse(
+        __doc__, "config", "stage",
+        config=dict(default="v2_30b"), stage=dict(default="general", help="stage of train.py whose batch and context are planned"),
+        gpus=dict(type=int, default=64, help="GPUs, eight a node"),
+        parallel=dict(help="layout, as in ep=8,cp=2 (default: the plan's own)"),
+        rows=dict(type=int, default=None, help="rows of a rank's micro-step (default: the plan's own)"),
+        imbalance=dict(type=float, default=1.0, help="tokens of the fullest expert rank, times an even share"),
+        mfu=dict(type=float, default=0.35, help="share of the GPUs' peak FLOPs assumed to be reached"),
+    )  # fmt: skip
+    from plan import report
+
+    report(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
