@@ -135,6 +135,7 @@ class OneRank:
     """What the model and the training loop ask of the other ranks, answered for a single process; parallel.Ranks answers for many."""
 
     index, count = 0, 1  # which of how many parts of the batch's rows this rank reads
+    several = False
     writes = True  # this rank writes log and bar
 
     def sum(self, x):
@@ -156,6 +157,10 @@ class OneRank:
     def take(self, batch):
         """This rank's rows of a batch."""
         return batch
+
+    def agree(self, flag):
+        """Whether the flag is set on any rank."""
+        return flag
 
     def clip(self, parameters, limit):
         """Clip the gradients' common norm and return it."""

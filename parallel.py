@@ -6,20 +6,28 @@ dp x cp x ep. Every loss, gradient and norm equals that of a single process on t
 
 Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S rows that arrive at this rank's experts, P ranks.
 
-    torchrun --nproc-per-node 2 train.py --parallel ep=2       # laptop: two processes
+    torchrun --nproc-per-node 2 -- train.py --parallel ep=2    # laptop: two processes
     python parallel.py --config v2_30b --gpus 64               # the plan of a full-size run, on this machine, without a GPU
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
 import math
+import os
+import shutil
+import sys
 import warnings
 import zlib
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -28,8 +36,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 import cli
+from checkpoint import MANIFEST, MOMENTS, checkpoints, load_checkpoint, read_manifest, verify_shards, write_atomically
 from cli import InputError
-from compass import attend, document_mask, init_parameter
+from compass import Compass, attend, document_mask, init_parameter
 from kernels import move_rows, sort_by_expert
 from moe import MoE, grouped_swiglu
 
@@ -74,7 +83,7 @@ class Ranks:
     """
 
     def __init__(self, layout, device_type):
-        self.layout, self.device_type = layout, device_type
+        self.several, self.layout, self.device_type = True, layout, device_type
         self.mesh = init_device_mesh(device_type, layout, mesh_dim_names=Layout._fields)
         self.data = self.mesh["dp", "cp", "ep"]._flatten("data")
         self.experts = self.mesh["dp", "cp"]._flatten("experts")
@@ -124,6 +133,11 @@ class Ranks:
             raise InputError(f"a batch of {n} rows cannot be spread over {self.count} ranks (dp x ep): take fewer processes or more cp")
         mine = slice(self.index * n // self.count, (self.index + 1) * n // self.count)
         return {name: x.unflatten(0, (-1, n))[:, mine].flatten(0, 1) for name, x in batch.items()}
+
+    def agree(self, flag):
+        flag = torch.tensor(float(flag), device=self.device_type)
+        dist.all_reduce(flag)
+        return flag.item() > 0
 
     def clip(self, parameters, limit):
         """torch's clip_grad_norm_ over parameters of different meshes: every element counts once, whoever holds it."""
@@ -258,15 +272,38 @@ def packed_orders(model):
     return {f"{name}.weight": module.packed for name, module in model.named_modules() if hasattr(module, "packed")}
 
 
+def start(text, config, device_name):
+    """Join the processes that torchrun started: (this rank's device, Ranks). The first rank speaks for all."""
+    if "WORLD_SIZE" not in os.environ:
+        raise InputError(f"--parallel {text} needs several processes: torchrun --nproc-per-node N -- train.py --parallel {text}")
+    layout = layout_of(text, int(os.environ["WORLD_SIZE"]), config)
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")
+    device = cli.pick_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    print(f"{dist.get_world_size()} processes: {', '.join(f'{axis}={size}' for axis, size in layout._asdict().items())}")
+    return device, Ranks(layout, device.type)
+
+
+def build(config, ranks, device, recompute):
+    """A parallelized Compass with empty weights; a whole one never exists."""
+    with torch.device("meta"):
+        model = Compass(config)
+    parallelize(model, ranks, recompute=recompute, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    return model.to_empty(device=device)
+
+
 @torch.no_grad()
-def materialise(model, device, seed):
-    """Give a parallelized model from the meta device its first weights. Each parameter has its own seed, so every layout starts
-    from the same model; it exists whole for a moment."""
-    model.to_empty(device=device)
+def initialise(model, seed):
+    """Give a parallelized model its first weights. Each parameter has its own seed, so every layout starts from the same model; a
+    parameter exists whole for a moment."""
     orders = packed_orders(model)
     for name, p in model.named_parameters():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        whole = init_parameter(name, torch.empty(p.shape, device=device), len(model.blocks))
+        whole = init_parameter(name, torch.empty(p.shape, device=p.device), len(model.blocks))
         p.copy_(sharded_like(whole, p, orders.get(name)))
     return model
 
@@ -281,6 +318,103 @@ def whole_of(p, order):
     """The whole tensor, in the order of a single process, from a parameter, gradient or moment of this layout."""
     whole = p.full_tensor()
     return whole if order is None else torch.empty_like(whole).index_copy_(0, order.to(whole.device), whole)
+
+
+def unpacked(x, order):
+    """The same shards of the tensor in a single process's order."""
+    return x if order is None else distribute_tensor(whole_of(x, order), x.device_mesh, x.placements, src_data_rank=None)
+
+
+def tensors_of(model, optimizer):
+    """{key: DTensor} of weights and moments, under the keys of a checkpoint's shards."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
+        if optimizer is not None:
+            state = optimizer.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), **{kind: torch.zeros_like(p) for kind in MOMENTS})
+            tensors.update({f"{kind}.{name}": state[kind] for kind in MOMENTS})
+    return tensors
+
+
+def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=0):
+    """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file.
+
+    Any number of ranks in any layout can load it, and so can a single process (checkpoint.load_checkpoint).
+    """
+    orders, temporary = packed_orders(model), path + ".tmp"
+    tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()
+    try:
+        dcp.save(tensors, checkpoint_id=temporary)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
+    files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
+    dist.all_gather_object(found, {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]})
+    if dist.get_rank() == 0:
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        by_decay = {g["weight_decay"]: g for g in settings}
+        manifest = {
+            "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "names": [name for name, _ in model.named_parameters()], "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
+            "optimizer_step": next(iter(optimizer.state.values()))["step"].item(), "files": {k: v for part in found for k, v in part.items()},
+        }  # fmt: skip
+        write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
+        os.rename(temporary, path)
+    dist.barrier()
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@torch.no_grad()
+def restore(path, model, optimizer=None):
+    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its small part."""
+    orders, tensors = packed_orders(model), tensors_of(model, optimizer)
+    if not os.path.isdir(path):
+        state = load_checkpoint(path)
+        whole = {f"model.{name}": x for name, x in state["model"].items()}
+        names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
+        for i, name in enumerate(names if optimizer is not None else ()):
+            whole.update({f"{kind}.{name}": state["optimizer"]["state"][i][kind] for kind in MOMENTS})
+            state["optimizer_step"] = state["optimizer"]["state"][i]["step"].item()
+        for key, x in tensors.items():
+            x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
+    else:
+        state = read_manifest(path)
+        verify_shards(path, list(state["files"].items())[dist.get_rank() :: dist.get_world_size()])
+        loaded = {key: torch.empty_like(x) for key, x in tensors.items()}
+        dcp.load(loaded, checkpoint_id=path)
+        for key, x in tensors.items():
+            order = orders.get(key.partition(".")[2])
+            x.copy_(loaded[key] if order is None else sharded_like(loaded[key].full_tensor(), x, order))
+    if optimizer is not None:
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["optimizer_step"])
+    return state
+
+
+def restore_latest(run, stage, model, optimizer=None):
+    """`restore` from the newest checkpoint of a stage that every rank finds intact; torn ones are named and passed over."""
+    for path in checkpoints(run, stage):
+        state, problem = None, None
+        try:
+            state = restore(path, model, optimizer)
+        except InputError as error:
+            problem = str(error)
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            return state
+        print(f"{problem}; trying the one before it")
+    raise InputError(f"{run}/{stage} holds no intact checkpoint: run its stage first")
 
 
 def main():
