@@ -62,7 +62,8 @@ def run(main):
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
+        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":  # of many ranks with the same input one complains
+            print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)

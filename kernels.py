@@ -39,6 +39,12 @@ def inverse(order_R):
     return inverse_R
 
 
+def count_assignments(expert_index, num_experts):
+    """How many assignments each expert has, (E,) int64: torch.bincount, which would wait for a GPU and has no size under fake tensors."""
+    flat_R = expert_index.reshape(-1)
+    return flat_R.new_zeros(num_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+
+
 def sort_by_expert(expert_index_NK, num_experts):
     """Stable sort of the R = N*K assignments by expert: (order_R, row_of_NK, counts_E), all int64.
 
@@ -47,7 +53,7 @@ def sort_by_expert(expert_index_NK, num_experts):
     flat_R = expert_index_NK.reshape(-1)
     order_R = torch.argsort(flat_R, stable=True)
     row_of_R = inverse(order_R)
-    counts_E = torch.bincount(flat_R, minlength=num_experts)
+    counts_E = count_assignments(flat_R, num_experts)
     return order_R, row_of_R.view_as(expert_index_NK), counts_E
 
 
@@ -145,6 +151,22 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RD):
         return gather_rows(grad_RD, *ctx.saved_tensors), None
+
+
+class _MoveRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, from_R, to_R):
+        ctx.save_for_backward(to_R)
+        return x_RD.index_select(0, from_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        return grad_RD.index_select(0, *ctx.saved_tensors), None, None
+
+
+def move_rows(x_RD, from_R, to_R):
+    """out_RD[r] = x[from[r]] for a permutation and its inverse `to`: a copy each way, where autograd's own backward would add."""
+    return _MoveRows.apply(x_RD, from_R, to_R)
 
 
 class _Unpermute(torch.autograd.Function):

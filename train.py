@@ -35,12 +35,13 @@ from checkpoint import (
     save_checkpoint,
 )  # fmt: skip
 from cli import InputError
-from compass import Compass, config_named
+from compass import Compass, CompassConfig, OneRank, config_named
 from data import reader
 from data.shards import Shards, is_shards
 from tokenizer import Tokenizer
 
 BETA1, WEIGHT_DECAY, CLIP = 0.9, 0.1, 1.0
+ONE_RANK = OneRank()
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 
 
@@ -70,13 +71,15 @@ def lr_at(step, schedule):
 
 
 class Recipe(NamedTuple):
-    """One stage: rows of seq_len tokens per step (micro_rows at a time), schedule, RoPE base."""
+    """One stage: rows of seq_len tokens per step (micro_rows at a time on a rank), schedule, RoPE base; recompute: activations of
+    blocks are made again in the backward pass."""
 
     seq_len: int
     rows: int
     micro_rows: int
     schedule: Schedule
     rope_base: float = 10_000.0
+    recompute: bool = False
 
 
 def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95):
@@ -201,9 +204,11 @@ def language_model_loss(model, batch):
 
 def make_optimizer(model, beta2=0.95):
     """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    groups = {}  # what is updated in one go lies on one mesh; a single process has none
+    for p in sorted(model.parameters(), key=lambda p: p.dim() < 2):
+        decay = WEIGHT_DECAY if p.dim() >= 2 else 0.0
+        groups.setdefault((decay, getattr(p, "device_mesh", None)), {"params": [], "weight_decay": decay})["params"].append(p)
+    groups = list(groups.values())
     return torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, beta2), fused=True)
 
 
@@ -222,22 +227,20 @@ class _Stop:
         signal.signal(signal.SIGTERM, self.previous)
 
 
-def sum_over_ranks(*tensors):
-    """Sum tensors in place over the data-parallel ranks; with one process they already are."""
-    if torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+def ranks_of(model):
+    """The model's place among other ranks (parallel.Ranks), or the single process's."""
+    return getattr(model, "ranks", ONE_RANK)
 
 
 def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     """One optimizer step on this rank's micro-batches. Micro-losses are weighed by their share of the global weight: one
     denominator over all micro-batches of all ranks."""
+    ranks = ranks_of(model)
     weights = [batch["weights"].sum().item() for batch in micro_batches]
-    total = torch.tensor(sum(weights), dtype=torch.float64, device=device)
-    sum_over_ranks(total)
-    total = total.item()
+    total = ranks.sum(torch.tensor(sum(weights), dtype=torch.float64, device=device)).item()
     if total <= 0:
         raise InputError("a batch has no supervised token (every target has weight 0)")
+    weights = [max(weight, 1e-9) for weight in weights]  # a rank without targets still balances its experts
     loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
     optimizer.zero_grad(set_to_none=True)
     for batch, weight in zip(micro_batches, weights, strict=True):
@@ -248,9 +251,9 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
         loss += micro_loss.detach() * (weight / total)
         for name, value in micro_metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
-    sum_over_ranks(loss, *metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None))
-    loss = loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+    loss = ranks.sum(loss).item()
+    metrics = {name: ranks.sum(value) for name, value in metrics.items()}
+    norm = ranks.clip(model.parameters(), CLIP).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
@@ -265,10 +268,16 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function
     of the step. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss
     or gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
-    watch(metrics of a step) -> a warning to log and say once, or None.
+    watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
+    every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
-    device, optimizer, start = next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
-    if resume and checkpoints(run, stage):
+    ranks, device, optimizer, start = ranks_of(model), next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
+    if ranks.several:
+        import parallel  # a second of imports that a single process need not wait
+    if resume and checkpoints(run, stage) and ranks.several:
+        start = parallel.restore_latest(run, stage, model, optimizer)["step"]
+        print(f"{stage}: resumed at step {start}")
+    elif resume and checkpoints(run, stage):
         state = load_latest(run, stage, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -276,22 +285,28 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         print(f"{stage}: resumed at step {start}")
     elif checkpoints(run, stage):
         raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
-    rewind_metrics(run, stage, start)
+    if ranks.writes:
+        rewind_metrics(run, stage, start)
 
     def save(step):
         path = os.path.join(run, stage, f"step_{step}.pt")
-        save_checkpoint(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
-        prune(run, stage)
+        write = parallel.save_shards if ranks.several else save_checkpoint
+        write(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
+        if ranks.writes:
+            prune(run, stage)
 
     model.train()
     bad, collapsed, warned = 0, False, False
-    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1)
-    with _Stop() as stop, open(os.path.join(run, "metrics.jsonl"), "a", encoding="utf-8") as log, bar:
+    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1,
+               disable=not ranks.writes)  # fmt: skip
+    log_path = os.path.join(run, "metrics.jsonl") if ranks.writes else os.devnull
+    with _Stop() as stop, open(log_path, "a", encoding="utf-8") as log, bar:
         for step in bar:
             began = time.perf_counter()
             model.router_scale = np.interp(step, (0, max(1, schedule.steps - 1)), schedule.router).item()
             micro_batches, lr = batches(step), lr_at(step, schedule)
-            loss, norm, finite, metrics = _train_step(model, optimizer, micro_batches, loss_fn, lr, device)
+            mine = [ranks.take(batch) for batch in micro_batches]
+            loss, norm, finite, metrics = _train_step(model, optimizer, mine, loss_fn, lr, device)
             tokens = sum((batch["doc_ids"] >= 0).sum().item() for batch in micro_batches)
             speed = tokens / (time.perf_counter() - began)
             entry = {"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
@@ -322,9 +337,10 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             if bad == MAX_BAD_STEPS:
                 raise InputError(f"{stage}: {bad} non-finite steps in a row, the last at step {step} (batch {step} of seed {seed})")
             done = step + 1
-            if done % save_every == 0 or done == schedule.steps or stop.asked:
+            stopping = ranks.agree(stop.asked)
+            if done % save_every == 0 or done == schedule.steps or stopping:
                 save(done)
-            if stop.asked:
+            if stopping:
                 bar.write(f"{stage}: SIGTERM, saved at step {done}; go on with --resume")
                 raise SystemExit(0)
     return model
@@ -332,7 +348,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
 
 def finished(run, stage, steps):
     """Whether the stage's last intact checkpoint is its final step."""
-    return bool(checkpoints(run, stage)) and load_latest(run, stage)["step"] >= steps
+    return bool(checkpoints(run, stage)) and load_latest(run, stage, weights=False)["step"] >= steps
 
 
 def stage_schedule(stage, args, schedule):
@@ -345,7 +361,29 @@ def stage_schedule(stage, args, schedule):
     return schedule
 
 
-def run_stage(stage, args, device, tokenizer):
+def first_model(config, ranks, device, args, recipe):
+    """A new model: of this process, or this rank's part of it."""
+    if ranks is None:
+        with device:
+            return Compass(config)
+    import parallel
+
+    return parallel.initialise(parallel.build(config, ranks, device, recipe.recompute), args.seed)
+
+
+def model_from(state, stage, ranks, device, args, recipe):
+    """The model that a stage left behind, with the context and RoPE base of the next."""
+    changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+    if ranks is None:
+        return load_model(state, device, **changes)
+    import parallel
+
+    model = parallel.build(CompassConfig(**{**state["config"], **changes}), ranks, device, recipe.recompute)
+    parallel.restore_latest(args.run, stage, model)
+    return model
+
+
+def run_stage(stage, args, device, tokenizer, ranks=None):
     """Train one of general, anneal, long, starting from the stage before it."""
     before = {"general": None, "anneal": "general", "long": "anneal"}[stage]
     if before is None:
@@ -354,7 +392,7 @@ def run_stage(stage, args, device, tokenizer):
         if tokenizer.n_vocab > config.vocab_size:
             raise InputError(f"the tokenizer has {tokenizer.n_vocab} tokens, config {args.config} only {config.vocab_size}")
     else:
-        state = load_latest(args.run, before, device)
+        state = load_latest(args.run, before, device, weights=ranks is None)
         inherit(state, tokenizer)
         recipe = RECIPES[args.config][stage]
     schedule = stage_schedule(stage, args, recipe.schedule)
@@ -362,10 +400,9 @@ def run_stage(stage, args, device, tokenizer):
         return
     torch.manual_seed(args.seed)
     if before is None:
-        with device:
-            model = Compass(config)
+        model = first_model(config, ranks, device, args, recipe)
     else:
-        model = load_model(state, device, max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+        model = model_from(state, before, ranks, device, args, recipe)
     if is_shards(args.data):
         tokenised = Shards(args.data, tokenizer)
     else:
@@ -376,7 +413,7 @@ def run_stage(stage, args, device, tokenizer):
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
     fit(
-        model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule,
+        model, rows.batches(recipe.rows, recipe.micro_rows * ranks_of(model).count), language_model_loss, schedule,
         run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
     )  # fmt: skip
 
@@ -385,11 +422,18 @@ def main():
     args = cli.parse(
         __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed",
         stage=dict(default="all", choices=("all", "general", "anneal", "long")),
+        parallel=dict(help="layout of the processes that torchrun started, as in ep=2,cp=2 (pp, dp, cp, ep, tp; dp takes the rest)"),
     )  # fmt: skip
-    config_named(args.config)
-    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
+    config, ranks = config_named(args.config), None
+    if args.parallel or "WORLD_SIZE" in os.environ:
+        import parallel
+
+        device, ranks = parallel.start(args.parallel, config, args.device)
+    else:
+        device = cli.pick_device(args.device)
+    tokenizer = Tokenizer.load(args.run)
     for stage in ("general", "anneal", "long") if args.stage == "all" else (args.stage,):
-        run_stage(stage, args, device, tokenizer)
+        run_stage(stage, args, device, tokenizer, ranks)
 
 
 if __name__ == "__main__":
