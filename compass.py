@@ -151,8 +151,8 @@ class Attention(nn.Module):
         q_BHTC, k_BGTC = apply_rope(qk, *rope).transpose(1, 2).split((self.H, self.G), dim=1)
         v_BGTC = v.transpose(1, 2)
         if cache is not None:
-            k_BGTC, v_BGTC = cache.update(layer, k_BGTC, v_BGTC)
-        if isinstance(mask, BlockMask):
+            y_BHTC = cache.attend(layer, q_BHTC, k_BGTC, v_BGTC)
+        elif isinstance(mask, BlockMask):
             y_BHTC = flex()(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
         elif isinstance(mask, list):
             y_BHTC = attend_by_document(q_BHTC, k_BGTC, v_BGTC, mask)
@@ -191,9 +191,9 @@ class MTPBlock(nn.Module):
         self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
         self.block = Block(config, dense=True)
 
-    def forward(self, h_BTD, embedded_BTD, rope, mask):
+    def forward(self, h_BTD, embedded_BTD, rope, mask, cache=None, layer=None):
         joined = torch.cat((self.hidden_norm(h_BTD), self.token_norm(embedded_BTD)), dim=-1)
-        return self.block(self.join(joined), rope, mask)[0]
+        return self.block(self.join(joined), rope, mask, cache, layer)[0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -258,9 +258,8 @@ class Compass(nn.Module):
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         rope = rope_table(positions_BT, self.config.head_dim, self.config.rope_base)
         if cache is not None:
-            mask = cache.advance(positions_BT)
-        else:
-            mask = None if doc_ids_BT is None else document_mask(doc_ids_BT)
+            cache.advance(positions_BT)
+        mask = None if doc_ids_BT is None else document_mask(doc_ids_BT)
         x_BTD, routing = self.embedding(tokens_BT), []
         for layer, block in enumerate(self.blocks):
             x_BTD, routed = block(x_BTD, rope, mask, cache, layer)
@@ -271,7 +270,7 @@ class Compass(nn.Module):
         """tokens_BT (int64) -> logits_BTV.
 
         doc_ids_BT: which packed document each token belongs to, -1 for padding; tokens see only their own
-        document. positions_BT: rotary positions (default 0..T-1). cache: a generate.KVCache.
+        document. positions_BT: rotary positions (default 0..T-1). cache: an engine.KVCache.
         """
         h_BTD, *_ = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT, cache=cache)
         return self.head(self.norm(h_BTD))
