@@ -340,8 +340,10 @@ class Engine:
         for i, request in enumerate(requests):
             if request.sampling.think_budget is not None and self._overthinks(request):
                 ids_A[i] = self.tokenizer.special["</think>"]
-        self.seen_RV[rows, ids_A] = True
-        logprob_A = logits_AV.float().log_softmax(-1).gather(1, ids_A.unsqueeze(1)).squeeze(1)
+        if any(request.sampling.repetition != 1 for request in requests):
+            self.seen_RV[rows, ids_A] = True
+        logits_AV = logits_AV.float()
+        logprob_A = logits_AV.gather(1, ids_A.unsqueeze(1)).squeeze(1) - logits_AV.logsumexp(-1)
         return ids_A.tolist(), logprob_A.tolist()
 
     def _overthinks(self, request):

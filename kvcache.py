@@ -72,9 +72,9 @@ class KVCache:
         if self.bias_XQM is None:
             return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True, enable_gqa=True)
         (B, H, T, C), G = q_BHTC.shape, self.groups
-        q_XQC = q_BHTC.reshape(B * G, -1, C).to(self.k.dtype)  # heads that share keys are so many more queries
+        q_XQC = q_BHTC.reshape(B * G, -1, C).to(self.k.dtype) * C**-0.5  # heads that share keys are so many more queries
         k_XMC, v_XMC = (x[layer, :, :, : self.used].flatten(0, 1) for x in (self.k, self.v))
-        scores_XQM = torch.baddbmm(self.bias_XQM, q_XQC, k_XMC.transpose(1, 2), alpha=C**-0.5)
+        scores_XQM = torch.baddbmm(self.bias_XQM, q_XQC, k_XMC.transpose(1, 2))
         if self.shared:
             y_BGQC = self._attend_with_prefixes(layer, q_XQC.view(B, G, -1, C), scores_XQM, v_XMC)
         else:
@@ -85,17 +85,22 @@ class KVCache:
         """One softmax over prefix and own slots. The queries of all rows that share a prefix read it in one product."""
         B, G, Q, C = q_BGQC.shape
         longest = max(prefix.k.shape[3] for prefix, _ in self.shared)
-        before_BGQP = q_BGQC.new_full((B, G, Q, longest), -torch.inf)
+        before_BGQP = None
         for prefix, rows in self.shared:
-            q_GNC = q_BGQC[rows].transpose(0, 1).flatten(1, 2)  # N = rows * Q
-            scores_GNP = q_GNC @ prefix.k[layer, 0].transpose(1, 2) * C**-0.5
-            before_BGQP[rows, :, :, : prefix.k.shape[3]] = scores_GNP.unflatten(1, (-1, Q)).transpose(0, 1)
-        probs_XQM = torch.cat((before_BGQP.flatten(0, 1), scores_XQM), -1).softmax(-1)
-        y_BGQC = torch.bmm(probs_XQM[..., longest:], v_XMC).view(B, G, Q, C)
-        probs_BGQP = probs_XQM[..., :longest].view(B, G, Q, longest)
+            q_GNC = q_BGQC[rows].transpose(0, 1).reshape(G, -1, C)
+            scores_BGQP = torch.bmm(q_GNC, prefix.k[layer, 0].transpose(1, 2)).unflatten(1, (-1, Q)).transpose(0, 1)
+            if len(scores_BGQP) == B:  # the only prefix, of every row
+                before_BGQP = scores_BGQP
+                break
+            if before_BGQP is None:
+                before_BGQP = q_BGQC.new_full((B, G, Q, longest), -torch.inf)
+            before_BGQP[rows, :, :, : prefix.k.shape[3]] = scores_BGQP
+        probs_BGQM = torch.cat((before_BGQP, scores_XQM.view(B, G, Q, -1)), -1).softmax(-1)
+        y_BGQC = torch.bmm(probs_BGQM[..., longest:].flatten(0, 1), v_XMC).view(B, G, Q, C)
         for prefix, rows in self.shared:
-            probs_GNP = probs_BGQP[rows, :, :, : prefix.k.shape[3]].transpose(0, 1).flatten(1, 2)
-            y_BGQC[rows] += (probs_GNP @ prefix.v[layer, 0]).unflatten(1, (-1, Q)).transpose(0, 1)
+            P = prefix.k.shape[3]
+            probs_GNP = probs_BGQM[rows, :, :, :P].transpose(0, 1).reshape(G, -1, P)
+            y_BGQC[rows] += torch.bmm(probs_GNP, prefix.v[layer, 0]).unflatten(1, (-1, Q)).transpose(0, 1)
         return y_BGQC
 
 
