@@ -199,8 +199,9 @@ class Attention(nn.Module):
         q_BHTC, k_BGTC = apply_rope(qk, *rope).transpose(1, 2).split((self.H, self.G), dim=1)
         v_BGTC = v.transpose(1, 2)
         if cache is not None:
-            k_BGTC, v_BGTC = cache.update(layer, k_BGTC, v_BGTC)
-        y_BHTC = self.attend(q_BHTC, k_BGTC, v_BGTC, mask)
+            y_BHTC = cache.attend(layer, q_BHTC, k_BGTC, v_BGTC)
+        else:
+            y_BHTC = self.attend(q_BHTC, k_BGTC, v_BGTC, mask)
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, self.H * self.C))
 
 
@@ -232,9 +233,9 @@ class MTPBlock(nn.Module):
         self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
         self.block = Block(config, dense=True)
 
-    def forward(self, h_BTD, embedded_BTD, rope, mask):
+    def forward(self, h_BTD, embedded_BTD, rope, mask, cache=None, layer=None):
         joined = torch.cat((self.hidden_norm(h_BTD), self.token_norm(embedded_BTD)), dim=-1)
-        return self.block(self.join(joined), rope, mask)[0]
+        return self.block(self.join(joined), rope, mask, cache, layer)[0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -307,7 +308,9 @@ class Compass(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         rope = rope_table(self.ranks.part(positions_BT), self.config.head_dim, self.config.rope_base)
-        mask = self.ranks.mask(doc_ids_BT) if cache is None else cache.advance(positions_BT)
+        if cache is not None:
+            cache.advance(positions_BT)
+        mask = self.ranks.mask(doc_ids_BT)
         x_BTD, routing = self.embedding(self.ranks.part(tokens_BT)), []
         for layer, block in enumerate(self.blocks):
             x_BTD, routed = block(x_BTD, rope, mask, cache, layer)
@@ -318,7 +321,7 @@ class Compass(nn.Module):
         """tokens_BT (int64) -> logits_BTV.
 
         doc_ids_BT: which packed document each token belongs to, -1 for padding; tokens see only their own
-        document. positions_BT: rotary positions (default 0..T-1). cache: a generate.KVCache.
+        document. positions_BT: rotary positions (default 0..T-1). cache: a kvcache.KVCache.
         """
         h_BTD, *_ = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT, cache=cache)
         return self.head(self.norm(h_BTD))

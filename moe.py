@@ -17,6 +17,8 @@ from torch import nn
 import cli
 from kernels import count_assignments, permute, unpermute
 
+FEW = 32  # rows a matrix is multiplied with in about the time that reading it takes
+
 
 def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
     """L_aux = E * sum_i (p_i / N) (c_i / (N K)) (v2 §2.2), a scalar.
@@ -84,11 +86,26 @@ class MoE(nn.Module):
     def experts(self, x_RD, counts_E):
         return grouped_swiglu(x_RD, counts_E, self.gate_up_ED2F, self.down_EFD)
 
+    def every_expert(self, x_ND, weights_NK, index_NK):
+        """What permute, `experts` and unpermute give, by asking all experts about all tokens and weighing most answers with 0."""
+        gate_ENF, up_ENF = (x_ND @ self.gate_up_ED2F).chunk(2, dim=-1)
+        weights_NE = torch.zeros(len(x_ND), self.n_experts, dtype=weights_NK.dtype, device=x_ND.device).scatter_(1, index_NK, weights_NK)
+        h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
+        return (h_ENF.transpose(0, 1).flatten(1) @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
+
+    def _all_are_read(self, N):
+        """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough
+        that a product takes no longer than reading its weights. Not in training, and not for quantized experts."""
+        return N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled() and hasattr(self, "gate_up_ED2F")
+
     def forward(self, x_BTD):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE, weights_NK, index_NK = self.route(x_ND)
-        x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)
-        y_ND = unpermute(self.experts(x_RD, counts_E), row_of_NK, weights_NK)
+        if self._all_are_read(len(x_ND)):
+            y_ND = self.every_expert(x_ND, weights_NK, index_NK)
+        else:
+            x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)
+            y_ND = unpermute(self.experts(x_RD, counts_E), row_of_NK, weights_NK)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD), logits_NE, index_NK
