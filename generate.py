@@ -19,6 +19,7 @@ import torch
 import cli
 from checkpoint import inherit, latest_stage, load_latest, load_model
 from cli import InputError
+from quantize import is_quantized, load_quantized
 from tokenizer import Tokenizer
 
 
@@ -217,7 +218,8 @@ def load_for_inference(run, device, stage=None):
     tokenizer = Tokenizer.load(run)
     state = load_latest(run, stage or latest_stage(run), device)
     inherit(state, tokenizer)
-    return load_model(state, device).eval(), tokenizer
+    model = load_quantized(state, device) if is_quantized(state) else load_model(state, device)
+    return model.eval(), tokenizer
 
 
 def reply(model, tokenizer, messages, thinking, sampling):
