@@ -19,7 +19,7 @@ import torch
 import cli
 from checkpoint import inherit, latest_stage, load_latest, load_model
 from cli import InputError
-from quantize import is_quantized, load_quantized
+from lowbit import is_quantized, load_quantized
 from tokenizer import Tokenizer
 
 
