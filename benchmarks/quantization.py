@@ -36,7 +36,8 @@ from data import market, reader
 from data.tasks import fingerprint, tasks
 from evaluate import accuracy, answer_tasks, bits_per_byte
 from generate import GREEDY, generate
-from quantize import Int4Linear, calibration_pool, load_quantized, matrices, oversample, pack, quantize_model
+from lowbit import Int4Linear, load_quantized, matrices, pack
+from quantize import calibration_pool, oversample, quantize_model
 from tokenizer import Tokenizer, train_bpe
 
 SEEDS, PER_TASK = 3, 2
