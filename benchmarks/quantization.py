@@ -1,8 +1,8 @@
 """What quantization costs and buys: quality and size on a trained run, speed on a model that memory bounds, outliers and a rare language.
 
-Quality (v2 Table 5): bits per byte of held-out documents and accuracy on held-out tasks of FP32, both FP8, RTN and AWQ; what calibration
-decides is measured for three seeds that change the calibration texts. All arms answer the same tasks, so the share of answers that
-differ from FP32's says more than the accuracy. Size: the checkpoint on disk, and what the loaded model holds.
+Quality (v2 Table 5) of FP32, both FP8, RTN and AWQ on held-out tasks: accuracy, the share of greedy answers that differ from FP32's, the
+loss on the reference answers, and at the same places the divergence KL(FP32 || quantized), the most sensitive of them. What depends
+on calibration is measured for three seeds that change its texts. Size: the checkpoint on disk, and what the loaded model holds.
 
 Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batch 1, 8 and 64, arms taking turns, prefill subtracted.
 
@@ -21,6 +21,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 
 import matplotlib
 
@@ -32,12 +33,13 @@ import cli
 from benchmarks.vocabulary import RESULTS
 from checkpoint import latest_stage, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass
-from data import market, reader
-from data.tasks import fingerprint, tasks
-from evaluate import accuracy, answer_tasks, bits_per_byte
+from data import market
+from data.tasks import fingerprint, tasks, training
+from evaluate import accuracy, answer_tasks
 from generate import GREEDY, generate
 from lowbit import Int4Linear, load_quantized, matrices, pack
 from quantize import calibration_pool, oversample, quantize_model
+from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 
 SEEDS, PER_TASK = 3, 2
@@ -47,7 +49,7 @@ LARGE = dataclasses.replace(
     CONFIGS["small"], n_layers=12, n_heads=16, n_kv_heads=4, n_experts=16, expert_dim=384, vocab_size=8192, max_seq_len=1024
 )  # fmt: skip
 BATCHES, NEW, ROUNDS = (1, 8, 64), 16, 3
-RARE, CHANNELS, FACTORS = "th", 4, (1, 100, 10_000)
+RARE, NARROW, CHANNELS, FACTORS = "th", 8, 4, (1, 100, 100_000)
 
 
 def held(model):
@@ -73,26 +75,50 @@ def reloaded(model):
         return load_quantized(load_latest(folder, "quantized"))
 
 
-def measure(model, tokenizer, test, documents, reference=None):
-    """{"bits", "accuracy", "differ", "answers"}: bits per byte, mean over languages; share of answers unlike the reference's."""
-    bits = bits_per_byte(model, tokenizer, documents)
+def conversations(tasks, tokenizer, context):
+    """[(lang, ids (1, T), mask (T - 1,) of the answer's tokens), …] of tasks with their reference answers."""
+    samples = []
+    for task in tasks:
+        ids, mask = tokenizer.encode_chat(chat_of(task, thinking="think" in task), thinking="think" in task)
+        if len(ids) <= context:
+            samples.append((task["lang"], torch.tensor([ids]), torch.tensor(mask[1:], dtype=torch.bool)))
+    return samples
+
+
+@torch.inference_mode()
+def damage(model, full, samples):
+    """({lang: loss}, {lang: divergence}): nats per answer token of the reference answers, and KL(full || model) at the same places."""
+    sums = defaultdict(lambda: torch.zeros(3))
+    for lang, ids_1T, mask_T in samples:
+        logp_AV, exact_AV = (m(ids_1T)[0, :-1][mask_T].float().log_softmax(-1) for m in (model, full))
+        target_A1 = ids_1T[0, 1:][mask_T].unsqueeze(1)
+        divergence = (exact_AV.exp() * (exact_AV - logp_AV)).sum()
+        sums[lang] += torch.stack([-logp_AV.gather(1, target_A1).sum(), divergence, mask_T.sum()])
+    return tuple({lang: (s[i] / s[2]).item() for lang, s in sums.items()} for i in (0, 1))
+
+
+def measure(model, full, tokenizer, test, samples, reference=None):
+    """{"loss", "divergence", "accuracy", "differ", "answers"}: means over languages; share of answers unlike the reference's."""
+    loss, divergence = (statistics.mean(by_language.values()) for by_language in damage(model, full, samples))
     answers = [answer for _, answer in answer_tasks(model, tokenizer, test, thinking=True)]
     differ = sum(a != b for a, b in zip(answers, reference or answers, strict=True)) / len(answers)
-    return {"bits": statistics.mean(bits.values()), "accuracy": accuracy(test, answers)["overall"], "differ": differ, "answers": answers}
+    right = accuracy(test, answers)["overall"]
+    return {"loss": loss, "divergence": divergence, "accuracy": right, "differ": differ, "answers": answers}
 
 
 def quality(model, tokenizer, dtype):
-    test, documents = tasks("test", 0, PER_TASK), list(reader.documents(None, "general", 0, "test"))
-    full = measure(model, tokenizer, test, documents)
+    test, context = tasks("test", 0, PER_TASK), model.config.max_seq_len
+    samples = conversations(test, tokenizer, context)
+    full = measure(model, model, tokenizer, test, samples)
     results = {"FP32": {"disk": on_disk(model, dtype), "memory": held(model), "runs": [full]}}
     for name, method in ARMS.items():
         runs = []
         for seed in range(SEEDS if method in SEARCHED else 1):
-            pool = calibration_pool(tokenizer, None, model.config.max_seq_len, seed)
+            pool = calibration_pool(tokenizer, None, context, seed)
             quantized = quantize_model(model, [pool[i] for i in oversample(model, pool)], method, seed=seed)
-            errors = [entry["after"] for entry in quantized.report]
+            error = statistics.mean(entry["after"] for entry in quantized.report)
             disk, packed = on_disk(quantized, dtype), reloaded(quantized)
-            runs.append({**measure(packed, tokenizer, test, documents, full["answers"]), "layer error": statistics.mean(errors)})
+            runs.append({**measure(packed, model, tokenizer, test, samples, full["answers"]), "layer error": error})
             print(name, {key: round(value, 4) for key, value in runs[-1].items() if key != "answers"}, flush=True)
         results[name] = {"disk": disk, "memory": held(packed), "runs": runs}
     for result in results.values():
@@ -152,27 +178,34 @@ def with_outliers(model, factor):
 
 
 def rare(model, tokenizer):
-    """{factor: {arm: {"others", "rare": bits per byte, "least": tokens of the rarest expert}}}; narrow calibration sees no Thai text."""
-    texts, context = list(reader.documents(None, "general", 0)), model.config.max_seq_len
-    plain, thai = ([d["text"] for d in texts if (d["lang"] == RARE) == wanted] for wanted in (False, True))
-    narrow, more = plain[:8], plain[8:504] + thai[:16]
-    random.Random(0).shuffle(more)
-    pool = [torch.tensor([tokenizer.encode(text)[:context]]) for text in narrow + more]
-    documents, results = list(reader.documents(None, "general", 0, "test")), {}
+    """{factor: {arm: {"others", "rare": divergence from FP32 in nats a token, "loss others", "loss rare", "texts", "least"}}}.
+
+    Narrow calibration sees NARROW conversations, none of them in Thai; expert-aware calibration adds what `oversample` takes from 500 more,
+    16 of them in Thai. least: tokens that the rarest expert of a layer saw.
+    """
+    context, texts = model.config.max_seq_len, training(0, 128)
+    random.Random(0).shuffle(texts)
+    plain, thai = ([t for t in texts if (t["lang"] == RARE) == wanted] for wanted in (False, True))
+    more = plain[NARROW:484] + thai[:16]
+    random.Random(1).shuffle(more)
+    pool = [ids for _, ids, _ in conversations(plain[:NARROW] + more, tokenizer, context)]
+    samples, results = conversations(tasks("test", 0, PER_TASK), tokenizer, context), {}
     for factor in FACTORS:
-        changed = with_outliers(model, factor)
-        wide = [pool[i] for i in oversample(changed, pool, first=len(narrow))]
-        arms = {"FP32": (None, wide), "RTN int4": ("rtn", wide), "FP8, naive": ("fp8-naive", wide)}
+        changed, results[factor] = with_outliers(model, factor), {}
+        wide = [pool[i] for i in oversample(changed, pool, first=NARROW)]
+        arms = {"RTN int4": ("rtn", wide), "FP8, naive": ("fp8-naive", wide)}
         for name, method in (("AWQ int4", "awq"), ("FP8, smoothed", "fp8")):
-            arms |= {f"{name}, calibrated without": (method, pool[: len(narrow)]), f"{name}, expert-aware": (method, wide)}
-        results[factor] = {}
+            arms |= {f"{name}, calibrated without": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
         for name, (method, batches) in arms.items():
-            arm = quantize_model(changed, batches, method) if method else changed
-            least = min(entry["tokens"] for entry in arm.report) if method else None
-            bits = bits_per_byte(reloaded(arm) if method else arm, tokenizer, documents)
-            others = statistics.mean(value for lang, value in bits.items() if lang != RARE)
-            results[factor][name] = {"others": others, "rare": bits[RARE], "least": least, "texts": len(batches)}
-            print(factor, name, results[factor][name], flush=True)
+            arm = quantize_model(changed, batches, method)
+            loss, divergence = damage(reloaded(arm), model, samples)
+            others = [lang for lang in loss if lang != RARE]
+            results[factor][name] = {
+                "others": statistics.mean(divergence[lang] for lang in others), "rare": divergence[RARE],
+                "loss others": statistics.mean(loss[lang] for lang in others), "loss rare": loss[RARE],
+                "texts": len(batches), "least": min(entry["tokens"] for entry in arm.report),
+            }  # fmt: skip
+            print(factor, name, {key: round(value, 5) for key, value in results[factor][name].items()}, flush=True)
     return results
 
 
@@ -181,9 +214,9 @@ def plot(results, path):
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
     if "quality" in results:
         for name, arm in results["quality"]["arms"].items():
-            values = [run["bits"] for run in arm["runs"]]
+            values = [run["divergence"] for run in arm["runs"]]
             axes[0].errorbar(arm["disk"] / 1e6, statistics.mean(values), (max(values) - min(values)) / 2, fmt="o", capsize=3, label=name)
-        axes[0].set(xlabel="MB on disk", ylabel="bits per byte", title="quality and size, the trained run")
+        axes[0].set(xlabel="MB on disk", ylabel="divergence from FP32, nats a token", title="quality and size, the trained run")
         axes[0].legend(fontsize=8)
     if "speed" in results:
         rates = results["speed"]["tokens/s"]
@@ -195,12 +228,12 @@ def plot(results, path):
         axes[1].legend(fontsize=8)
     if "rare" in results:
         factor = max(results["rare"], key=int)
-        arms = {name: arm for name, arm in results["rare"][factor].items() if name != "FP32"}
+        arms = results["rare"][factor]
         for i, side in enumerate(("others", "rare")):
-            cost = [arm[side] - results["rare"][factor]["FP32"][side] for arm in arms.values()]
+            cost = [arm[side] for arm in arms.values()]
             axes[2].barh([y + 0.4 * i for y in range(len(cost))], cost, 0.38, label="Thai" if side == "rare" else "seven others")
         axes[2].set_yticks([y + 0.2 for y in range(len(arms))], arms, fontsize=8)
-        axes[2].set(xlabel="bits per byte more than FP32", title=f"outliers of {int(factor):,} times in {CHANNELS} channels")
+        axes[2].set(xscale="log", xlabel="divergence from FP32, nats a token", title=f"{CHANNELS} outlier channels, times {int(factor):,}")
         axes[2].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
