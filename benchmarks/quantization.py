@@ -86,20 +86,23 @@ def conversations(tasks, tokenizer, context):
 
 
 @torch.inference_mode()
-def damage(model, full, samples):
-    """({lang: loss}, {lang: divergence}): nats per answer token of the reference answers, and KL(full || model) at the same places."""
+def answer_logprobs(model, samples):
+    """Log-probabilities (A, V) at the A answer tokens of each sample."""
+    return [model(ids_1T)[0, :-1][mask_T].float().log_softmax(-1) for _, ids_1T, mask_T in samples]
+
+
+def damage(model, exact, samples):
+    """({lang: loss}, {lang: divergence}): nats per token of the reference answers, and KL(exact || model) there, exact from FP32."""
     sums = defaultdict(lambda: torch.zeros(3))
-    for lang, ids_1T, mask_T in samples:
-        logp_AV, exact_AV = (m(ids_1T)[0, :-1][mask_T].float().log_softmax(-1) for m in (model, full))
-        target_A1 = ids_1T[0, 1:][mask_T].unsqueeze(1)
-        divergence = (exact_AV.exp() * (exact_AV - logp_AV)).sum()
-        sums[lang] += torch.stack([-logp_AV.gather(1, target_A1).sum(), divergence, mask_T.sum()])
+    for (lang, ids_1T, mask_T), logp_AV, exact_AV in zip(samples, answer_logprobs(model, samples), exact, strict=True):
+        nll = -logp_AV.gather(1, ids_1T[0, 1:][mask_T].unsqueeze(1)).sum()
+        sums[lang] += torch.stack([nll, (exact_AV.exp() * (exact_AV - logp_AV)).sum(), mask_T.sum()])
     return tuple({lang: (s[i] / s[2]).item() for lang, s in sums.items()} for i in (0, 1))
 
 
-def measure(model, full, tokenizer, test, samples, reference=None):
+def measure(model, exact, tokenizer, test, samples, reference=None):
     """{"loss", "divergence", "accuracy", "differ", "answers"}: means over languages; share of answers unlike the reference's."""
-    loss, divergence = (statistics.mean(by_language.values()) for by_language in damage(model, full, samples))
+    loss, divergence = (statistics.mean(by_language.values()) for by_language in damage(model, exact, samples))
     answers = [answer for _, answer in answer_tasks(model, tokenizer, test, thinking=True)]
     differ = sum(a != b for a, b in zip(answers, reference or answers, strict=True)) / len(answers)
     right = accuracy(test, answers)["overall"]
@@ -109,7 +112,8 @@ def measure(model, full, tokenizer, test, samples, reference=None):
 def quality(model, tokenizer, dtype):
     test, context = tasks("test", 0, PER_TASK), model.config.max_seq_len
     samples = conversations(test, tokenizer, context)
-    full = measure(model, model, tokenizer, test, samples)
+    exact = answer_logprobs(model, samples)
+    full = measure(model, exact, tokenizer, test, samples)
     results = {"FP32": {"disk": on_disk(model, dtype), "memory": held(model), "runs": [full]}}
     for name, method in ARMS.items():
         runs = []
@@ -118,7 +122,7 @@ def quality(model, tokenizer, dtype):
             quantized = quantize_model(model, [pool[i] for i in oversample(model, pool)], method, seed=seed)
             error = statistics.mean(entry["after"] for entry in quantized.report)
             disk, packed = on_disk(quantized, dtype), reloaded(quantized)
-            runs.append({**measure(packed, model, tokenizer, test, samples, full["answers"]), "layer error": error})
+            runs.append({**measure(packed, exact, tokenizer, test, samples, full["answers"]), "layer error": error})
             print(name, {key: round(value, 4) for key, value in runs[-1].items() if key != "answers"}, flush=True)
         results[name] = {"disk": disk, "memory": held(packed), "runs": runs}
     for result in results.values():
@@ -190,6 +194,7 @@ def rare(model, tokenizer):
     random.Random(1).shuffle(more)
     pool = [ids for _, ids, _ in conversations(plain[:NARROW] + more, tokenizer, context)]
     samples, results = conversations(tasks("test", 0, PER_TASK), tokenizer, context), {}
+    exact = answer_logprobs(model, samples)
     for factor in FACTORS:
         changed, results[factor] = with_outliers(model, factor), {}
         wide = [pool[i] for i in oversample(changed, pool, first=NARROW)]
@@ -198,7 +203,7 @@ def rare(model, tokenizer):
             arms |= {f"{name}, calibrated without": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
         for name, (method, batches) in arms.items():
             arm = quantize_model(changed, batches, method)
-            loss, divergence = damage(reloaded(arm), model, samples)
+            loss, divergence = damage(reloaded(arm), exact, samples)
             others = [lang for lang in loss if lang != RARE]
             results[factor][name] = {
                 "others": statistics.mean(divergence[lang] for lang in others), "rare": divergence[RARE],
