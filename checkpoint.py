@@ -162,7 +162,12 @@ def latest_stage(run, among=STAGES):
 
 
 def load_model(state, device="cpu", **changes):
-    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly."""
+    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly.
+
+    Raises InputError where the weights are quantized: those only answer (generate.py, evaluate.py).
+    """
+    if any(name.endswith((".qweight", ".weight_fp8")) for name in state["model"]):
+        raise InputError(f"this checkpoint of {state['stage']} is quantized and can only answer: train on in the run it was made from")
     model = Compass(CompassConfig(**{**state["config"], **changes}))
     model.load_state_dict(state["model"])
     return model.to(device)

@@ -17,6 +17,7 @@ from checkpoint import inherit, latest_stage, load_latest, load_model
 from cli import InputError
 from engine import Engine, Sampling, filtered_probs
 from kvcache import KVCache
+from lowbit import is_quantized, load_quantized
 from tokenizer import Tokenizer
 
 __all__ = ["GREEDY", "Completion", "KVCache", "Sampling", "filtered_probs", "generate", "load_for_inference", "split_thought", "stream"]
@@ -109,7 +110,8 @@ def load_for_inference(run, device, stage=None):
     tokenizer = Tokenizer.load(run)
     state = load_latest(run, stage or latest_stage(run), device)
     inherit(state, tokenizer)
-    return load_model(state, device).eval(), tokenizer
+    model = load_quantized(state, device) if is_quantized(state) else load_model(state, device)
+    return model.eval(), tokenizer
 
 
 HELP = """  /think  switch thoughts on or off      /new    start anew (an empty line does too)
