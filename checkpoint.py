@@ -26,7 +26,9 @@ from compass import Compass, CompassConfig
 
 # in training order; the command that makes each stage
 STAGES = {
-    "general": "python train.py", "anneal": "python train.py --stage anneal", "long": "python train.py --stage long",
+    "general": "python train.py", "anneal": "python train.py --stage anneal", "market": "python train.py --stage market",
+    "reasoning": "python train.py --stage reasoning", "extend": "python train.py --stage extend",
+    "long": "python train.py --stage long", "mtp": "python train.py --stage mtp",
     "sft1": "python sft.py", "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
@@ -117,7 +119,7 @@ def load_shards(path, device):
     model = {name: tensors[f"model.{name}"] for name in names}
     matrices, vectors = ([name for name in names if (model[name].dim() >= 2) == decayed] for decayed in (True, False))
     moments = {
-        i: {"step": torch.tensor(state["optimizer_step"]), **{kind: tensors[f"{kind}.{name}"] for kind in MOMENTS}}
+        i: {"step": torch.tensor(state["optimizer_steps"][name]), **{kind: tensors[f"{kind}.{name}"] for kind in MOMENTS}}
         for i, name in enumerate(matrices + vectors)
     }
     places = list(range(len(matrices))), list(range(len(matrices), len(names)))

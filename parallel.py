@@ -1,8 +1,8 @@
 """Many processes, one model: data, expert, context and tensor parallelism with torch's own engine (v2 §2.3; v3's experts in a node).
 
-The ranks form one mesh (pp, dp, cp, ep, tp). dp and ep read different rows, cp different parts of a row, tp the same tokens with a
-part of the heads and of the shared experts' width. Experts live on ep, and are sharded (FSDP2) over dp x cp; everything else is sharded over
-dp x cp x ep. Every loss, gradient and norm equals that of a single process on the whole batch.
+The ranks form one mesh (pp, dp, cp, ep, tp). dp and ep read different rows, cp different parts of a row, tp the same tokens
+with a part of the heads and of the shared experts' width. Experts live on ep, and are sharded (FSDP2) over dp x cp;
+everything else is sharded over dp x cp x ep. Every loss, gradient and norm equals that of a single process on the whole batch.
 
 Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S rows that arrive at this rank's experts, P ranks.
 
@@ -361,7 +361,7 @@ def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=
         manifest = {
             "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
             "names": [name for name, _ in model.named_parameters()], "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
-            "optimizer_step": next(iter(optimizer.state.values()))["step"].item(), "files": {k: v for part in found for k, v in part.items()},
+            "optimizer_steps": {name: optimizer.state[p]["step"].item() for name, p in model.named_parameters()}, "files": {k: v for part in found for k, v in part.items()},
         }  # fmt: skip
         write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
         os.rename(temporary, path)
@@ -382,8 +382,10 @@ def restore(path, model, optimizer=None):
         whole = {f"model.{name}": x for name, x in state["model"].items()}
         names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
         for i, name in enumerate(names if optimizer is not None else ()):
-            whole.update({f"{kind}.{name}": state["optimizer"]["state"][i][kind] for kind in MOMENTS})
-            state["optimizer_step"] = state["optimizer"]["state"][i]["step"].item()
+            none = torch.zeros_like(whole[f"model.{name}"])
+            moments = state["optimizer"]["state"].get(i) or {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, none)}
+            whole.update({f"{kind}.{name}": moments[kind] for kind in MOMENTS})
+            state.setdefault("optimizer_steps", {})[name] = moments["step"].item()
         for key, x in tensors.items():
             x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
     else:
@@ -395,8 +397,8 @@ def restore(path, model, optimizer=None):
             order = orders.get(key.partition(".")[2])
             x.copy_(loaded[key] if order is None else sharded_like(loaded[key].full_tensor(), x, order))
     if optimizer is not None:
-        for moments in optimizer.state.values():
-            moments["step"].fill_(state["optimizer_step"])
+        for name, p in model.named_parameters():
+            optimizer.state[p]["step"].fill_(state["optimizer_steps"][name])
     return state
 
 

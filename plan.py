@@ -1,8 +1,8 @@
 """The plan of a full-size run, made on a machine without a GPU: memory, traffic, FLOPs and time of one rank.
 
 The full model is built and sharded by parallel.py over tensors without content (FakeTensor) and a process group without
-partners, and runs one real training step. What torch's tracker counts stands beside a formula a reader can check by hand; a gap over 5 % is an
-error. Attention counts as the causal flash kernel it is on a GPU, which keeps no scores.
+partners, and runs real training code. What torch's tracker counts stands beside a formula a reader can check by hand; a gap
+over 5 % is an error. Attention counts as the causal flash kernel it is on a GPU, which keeps no scores.
 
 Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D, F, V, E, K, L as in compass.py.
 
@@ -12,7 +12,6 @@ Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D,
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import math
 from unittest import mock
@@ -37,7 +36,10 @@ GPU_MEMORY, LEFT_FREE, NODE = 80e9, 0.1, 8  # bytes; share for CUDA, NCCL and fr
 PEAK_FLOPS, LINK, NETWORK = 989e12, 450e9, 50e9  # H100: bf16 FLOP/s, NVLink and network bytes/s of one GPU, one direction
 LARGEST_GAP = 0.05  # between tracker and formula
 # (config, context) -> layout and rows of a micro-step; what is not named takes "ep=8" and one row
-LAYOUTS = {("v2_30b", 4096): ("ep=8", 2), ("v2_30b", 32768): ("ep=8,cp=4", 1), ("v3_245b", 131_072): ("ep=8,cp=8", 1)}
+LAYOUTS = {
+    ("v2_30b", 4096): ("ep=8", 6), ("v2_30b", 32_768): ("ep=8,cp=4", 3), ("v3_245b", 8192): ("ep=8", 2),
+    ("v3_245b", 32_768): ("ep=8,cp=2", 1), ("v3_245b", 131_072): ("ep=8,cp=8", 1),
+}  # fmt: skip
 
 
 def traffic(collective, size, ranks, peers_in_node):
@@ -284,7 +286,7 @@ def checked(config, layout, rows, T, imbalance):
 
 
 def step_time(config, layout, recipe, rows, mfu):
-    """(micro-steps, seconds of computation, seconds on NVLink, seconds on the network) of an optimizer step; the links' bytes at full speed."""
+    """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed."""
     world, T = math.prod(layout), recipe.seq_len
     micro_steps = math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
     received = bytes_received(config, layout, rows * T // layout.cp)
@@ -349,10 +351,10 @@ def report(args):
     print(f"\npeak {peak / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB, {LEFT_FREE:.0%} of which stay free for CUDA, NCCL and fragmentation: "
           + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows)))  # fmt: skip
     micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu)
-    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; links at full speed are busy for {node:.1f} s "
-          f"(NVLink, {LINK / 1e9:.0f} GB/s) and {network:.1f} s (network, {NETWORK / 1e9:.0f} GB/s), beside it where they overlap")  # fmt: skip
-    slowest = max(compute, node, network)
-    print(f"model FLOPs a token {model_flops(config, T) / 1e9:.1f} G; {recipe.rows * T / slowest:,.0f} tokens/s, {T * recipe.rows / slowest / args.gpus:,.0f} a GPU")
+    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink ({LINK / 1e9:.0f} "
+          f"GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s of it, if they overlap")  # fmt: skip
+    speed = recipe.rows * T / max(compute, node, network)
+    print(f"model FLOPs a token {model_flops(config, T) / 1e9:.1f} G; {speed:,.0f} tokens/s, {speed / args.gpus:,.0f} a GPU")
     days = {name: r.schedule.steps * r.rows * r.seq_len * model_flops(config, r.seq_len) / (args.gpus * PEAK_FLOPS * args.mfu) / 86400
             for name, r in RECIPES[args.config].items()}  # fmt: skip
     tokens = {name: r.schedule.steps * r.rows * r.seq_len / 1e12 for name, r in RECIPES[args.config].items()}

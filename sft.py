@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import cli
-from checkpoint import inherit, load_latest, load_model
+from checkpoint import checkpoints, inherit, load_latest, load_model
 from cli import InputError
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
@@ -244,6 +244,8 @@ def selected_thoughts(examples, args, device):
 
 def run_stage(stage, args, device, tokenizer):
     before, schedule = STAGES[stage]
+    if before == "long" and checkpoints(args.run, "mtp"):
+        before = "mtp"  # the end of v3's pre-training
     state = load_latest(args.run, before, device)
     inherit(state, tokenizer)
     schedule = stage_schedule(stage, args, schedule)

@@ -1,4 +1,4 @@
-"""Pre-training: `fit`, the one training loop, and the three stages general, anneal, long (v2 §2.3).
+"""Pre-training: `fit`, the one training loop, the three stages general, anneal, long (v2 §2.3) and v3's five.
 
 general learns from everything under a cosine; anneal warms up again, on the cleanest text; long stretches the
 context with a larger RoPE base (ABF) on a mix of short and long documents. The global batch is a
@@ -49,7 +49,7 @@ class Schedule(NamedTuple):
     """Learning rate in optimizer steps: linear warm-up to peak, cosine or a line to final. router: scale of alpha and beta.
 
     beta2: AdamW's memory of squared gradients. The report's 0.95 belongs to its batches of 24M tokens; ours of 2k are noisier and
-    want 0.99 (README, "What the tuning of `tiny` showed").
+    want 0.99 (README, "What the tuning of `tiny` showed"). mtp_every: 2 interleaves steps with and without MTP (v3).
     """
 
     steps: int
@@ -59,6 +59,7 @@ class Schedule(NamedTuple):
     router: tuple = (1.0, 1.0)  # at the first and the last step, linear between
     shape: str = "cosine"  # or "linear"
     beta2: float = 0.95
+    mtp_every: int = 1  # multi-token prediction, where the config has it, in every so many steps; 0 for none
 
 
 def lr_at(step, schedule):
@@ -82,7 +83,7 @@ class Recipe(NamedTuple):
     recompute: bool = False
 
 
-def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95):
+def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95, recompute=False):
     """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows."""
     general, anneal, long = steps
     schedules = (
@@ -91,19 +92,41 @@ def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_
         Schedule(long, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2),
     )
     return {
-        "general": Recipe(context, rows, micro_rows, schedules[0]),
-        "anneal": Recipe(context, rows * 3 // 2, micro_rows, schedules[1]),
-        "long": Recipe(long_context, long_rows, min(micro_rows, long_rows), schedules[2], 1e6),
+        "general": Recipe(context, rows, micro_rows, schedules[0], recompute=recompute),
+        "anneal": Recipe(context, rows * 3 // 2, micro_rows, schedules[1], recompute=recompute),
+        "long": Recipe(long_context, long_rows, min(micro_rows, long_rows), schedules[2], 1e6, recompute),
+    }
+
+
+def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, recompute=False):
+    """v3's five stages: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved.
+
+    contexts: of general, market and reasoning; of extend; of long and mtp. rows: of the same. The report names the stages and the
+    contexts 8K and 32K -> 128K; rates follow v2's proportions, and the MTP block learns in every second step of the last.
+    """
+    fixed = Schedule(0, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2, mtp_every=0)
+    schedules = {
+        "general": Schedule(0, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2, mtp_every=0),
+        "market": Schedule(0, peak / 2, peak / 10, warmup[1], (0.1, 0.1), beta2=beta2, mtp_every=0),
+        "reasoning": fixed, "extend": fixed, "long": fixed, "mtp": fixed._replace(mtp_every=2),
+    }  # fmt: skip
+    shapes = [0, 0, 0, 1, 2, 2]
+    return {
+        stage: Recipe(contexts[i], rows[i], min(micro_rows, rows[i]), schedule._replace(steps=n), (1e4, 1e6, 1e7)[i], recompute)
+        for (stage, schedule), n, i in zip(schedules.items(), steps, shapes, strict=True)
     }
 
 
 RECIPES = {
     "tiny": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "tiny_v3": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
+    "tiny_v3": _recipes_v3((256, 512, 1024), (8, 5, 3), 8, (250, 80, 40, 20, 20, 40), (25, 15), 3e-3, 0.99),
     "small": _recipes(4096, 32768, 256, 4, (20_000, 6000, 400), (600, 200), 6e-4, 24),
     # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
-    "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
-    "v3_245b": _recipes(8192, 131_072, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
+    "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160, recompute=True),
+    # batches that 512 GPUs can share, of 50M and 67M tokens; 8T, 4T, 0.5T, then 74B in each step of the long context and 0.13T
+    "v3_245b": _recipes_v3(
+        (8192, 32_768, 131_072), (6144, 2048, 512), 1, (158_946, 79_473, 9_934, 1100, 1100, 2000), (3000, 2000), 3e-4, recompute=True
+    ),
 }
 
 
@@ -303,6 +326,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     with _Stop() as stop, open(log_path, "a", encoding="utf-8") as log, bar:
         for step in bar:
             began = time.perf_counter()
+            model.mtp_scale = float(schedule.mtp_every > 0 and step % max(1, schedule.mtp_every) == 0)
             model.router_scale = np.interp(step, (0, max(1, schedule.steps - 1)), schedule.router).item()
             micro_batches, lr = batches(step), lr_at(step, schedule)
             mine = [ranks.take(batch) for batch in micro_batches]
@@ -384,8 +408,11 @@ def model_from(state, stage, ranks, device, args, recipe):
 
 
 def run_stage(stage, args, device, tokenizer, ranks=None):
-    """Train one of general, anneal, long, starting from the stage before it."""
-    before = {"general": None, "anneal": "general", "long": "anneal"}[stage]
+    """Train one stage of the config's recipe, starting from the stage before it."""
+    stages = list(RECIPES[args.config])
+    if stage not in stages:
+        raise InputError(f"--stage {stage} is not one of {', '.join(stages)} of --config {args.config}")
+    before = stages[stages.index(stage) - 1] if stage != stages[0] else None
     if before is None:
         config = dataclasses.replace(config_named(args.config))
         recipe = RECIPES[args.config][stage]
@@ -421,7 +448,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
 def main():
     args = cli.parse(
         __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed",
-        stage=dict(default="all", choices=("all", "general", "anneal", "long")),
+        stage=dict(default="all", help="a stage of the config's recipe: general, anneal, long; v3 has its own six (default: all)"),
         parallel=dict(help="layout of the processes that torchrun started, as in ep=2,cp=2 (pp, dp, cp, ep, tp; dp takes the rest)"),
     )  # fmt: skip
     config, ranks = config_named(args.config), None
@@ -432,7 +459,7 @@ def main():
     else:
         device = cli.pick_device(args.device)
     tokenizer = Tokenizer.load(args.run)
-    for stage in ("general", "anneal", "long") if args.stage == "all" else (args.stage,):
+    for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
         run_stage(stage, args, device, tokenizer, ranks)
 
 
