@@ -44,13 +44,22 @@ from moe import MoE, grouped_swiglu
 
 
 class Layout(NamedTuple):
-    """How many ranks along each axis; their product is the number of processes."""
+    """How many ranks along each axis; their product is the number of processes. vpp: runs of layers on each pipeline rank."""
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     ep: int = 1
     tp: int = 1
+    vpp: int = 1
+
+    @property
+    def axes(self):
+        """{axis: size} of the mesh."""
+        return dict(zip(self._fields[:5], self[:5], strict=True))
+
+    def __str__(self):
+        return ", ".join(f"{axis}={size}" for axis, size in self._asdict().items())
 
 
 def layout_of(text, world, config):
@@ -59,18 +68,20 @@ def layout_of(text, world, config):
     for part in filter(None, (text or "").split(",")):
         axis, _, size = part.partition("=")
         if axis not in Layout._fields or not size.isdigit() or int(size) < 1:
-            raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp with a number, as in ep=2,cp=2")
+            raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp, vpp with a number, as in ep=2,cp=2")
         sizes[axis] = int(size)
-    rest = math.prod(size for axis, size in sizes.items() if axis != "dp")
+    rest = math.prod(size for axis, size in sizes.items() if axis not in ("dp", "vpp"))
     if world % rest or sizes.get("dp", world // rest) * rest != world:
         raise InputError(f"--parallel {text}: {' x '.join(f'{a}={n}' for a, n in sizes.items())} does not make {world} processes")
     layout = Layout(**{**sizes, "dp": world // rest})
     for axis, what, number in (
-        ("ep", "n_experts", config.n_experts), ("tp", "n_kv_heads", config.n_kv_heads), ("pp", "n_layers", config.n_layers),
+        ("ep", "n_experts", config.n_experts), ("tp", "n_kv_heads", config.n_kv_heads),
         ("tp", "n_shared * expert_dim", config.n_shared * config.expert_dim),
     ):  # fmt: skip
         if number % getattr(layout, axis):
             raise InputError(f"--parallel {axis}={getattr(layout, axis)} must divide {what}, which is {number}")
+    if layout.pp * layout.vpp > config.n_layers:
+        raise InputError(f"--parallel pp x vpp = {layout.pp * layout.vpp} is more than n_layers, which is {config.n_layers}")
     if config.dim % (layout.dp * layout.cp):
         raise InputError(f"--parallel dp x cp = {layout.dp * layout.cp} must divide dim, which is {config.dim}")
     return layout
@@ -84,7 +95,7 @@ class Ranks:
 
     def __init__(self, layout, device_type):
         self.several, self.layout, self.device_type = True, layout, device_type
-        self.mesh = init_device_mesh(device_type, layout, mesh_dim_names=Layout._fields)
+        self.mesh = init_device_mesh(device_type, tuple(layout.axes.values()), mesh_dim_names=tuple(layout.axes))
         self.data = self.mesh["dp", "cp", "ep"]._flatten("data")
         self.experts = self.mesh["dp", "cp"]._flatten("experts")
         self.count = layout.dp * layout.ep
@@ -220,7 +231,13 @@ def split_width(block, mesh):
 
 
 def blocks_of(model):
-    return [*model.blocks, *(mtp.block for mtp in model.mtp)]
+    blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks  # a stage's, or all
+    return [*blocks, *(mtp.block for mtp in model.mtp)]
+
+
+def parts_of(model):
+    """The stages of a pipeline on this rank, or the model itself."""
+    return getattr(model, "stages", [model])
 
 
 def fsdp_dim(p):
@@ -257,7 +274,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
                 shard(moe.shared)
             shard(moe, mesh=ranks.experts, shard_placement_fn=lambda p, gate_up=moe.gate_up_ED2F: Shard(1 if p is gate_up else 2))
         shard(block)
-    shard(model.embedding)
+    if model.embedding is not None:
+        shard(model.embedding)
     shard(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
@@ -269,7 +287,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
 
 def packed_orders(model):
     """{parameter: row order} of what tensor parallelism reordered."""
-    return {f"{name}.weight": module.packed for name, module in model.named_modules() if hasattr(module, "packed")}
+    named = [pair for part in parts_of(model) for pair in part.named_modules()]
+    return {f"{name}.weight": module.packed for name, module in named if hasattr(module, "packed")}
 
 
 def start(text, config, device_name):
@@ -284,7 +303,7 @@ def start(text, config, device_name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    print(f"{dist.get_world_size()} processes: {', '.join(f'{axis}={size}' for axis, size in layout._asdict().items())}")
+    print(f"{dist.get_world_size()} processes: {layout}")
     return device, Ranks(layout, device.type)
 
 
@@ -303,7 +322,7 @@ def initialise(model, seed):
     orders = packed_orders(model)
     for name, p in model.named_parameters():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        whole = init_parameter(name, torch.empty(p.shape, device=p.device), len(model.blocks))
+        whole = init_parameter(name, torch.empty(p.shape, device=p.device), model.config.n_layers)
         p.copy_(sharded_like(whole, p, orders.get(name)))
     return model
 
@@ -354,18 +373,27 @@ def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=
         reason = next(iter(error.failures.values()))[0]
         raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
     files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
-    dist.all_gather_object(found, {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]})
+    files = {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]}
+    steps = {name: optimizer.state[p]["step"].item() for name, p in model.named_parameters()}
+    dist.all_gather_object(found, (files, steps))
     if dist.get_rank() == 0:
+        files, steps = ({key: value for part in found for key, value in part[i].items()} for i in range(2))
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         by_decay = {g["weight_decay"]: g for g in settings}
         manifest = {
             "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
-            "names": [name for name, _ in model.named_parameters()], "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
-            "optimizer_steps": {name: optimizer.state[p]["step"].item() for name, p in model.named_parameters()}, "files": {k: v for part in found for k, v in part.items()},
+            "names": names_of(model.config), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
+            "optimizer_steps": steps, "files": files,
         }  # fmt: skip
         write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
         os.rename(temporary, path)
     dist.barrier()
+
+
+def names_of(config):
+    """Names of a whole model's parameters, in order."""
+    with torch.device("meta"):
+        return [name for name, _ in Compass(config).named_parameters()]
 
 
 def file_sha256(path):

@@ -140,7 +140,7 @@ def substitutes(imbalance):
 
 def tracked(config, layout, rows, T, imbalance=1.0):
     """What one rank of the real code uses, as {row of the plan: bytes or FLOPs}: a step, then the micro-step that is counted."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout.axes.values()))
     with torch.device("meta"):
         model = Compass(config)
     parallelize(model, PlannedRanks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
@@ -287,7 +287,7 @@ def checked(config, layout, rows, T, imbalance):
 
 def step_time(config, layout, recipe, rows, mfu):
     """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed."""
-    world, T = math.prod(layout), recipe.seq_len
+    world, T = math.prod(layout.axes.values()), recipe.seq_len
     micro_steps = math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
     received = bytes_received(config, layout, rows * T // layout.cp)
     seconds = recipe.rows * T * model_flops(config, T) / (world * PEAK_FLOPS * mfu)
@@ -338,8 +338,8 @@ def report(args):
     layout = layout_of(text, args.gpus, config)
     ways = layout.dp * layout.ep
     print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
-    print(f"layout {', '.join(f'{axis}={size}' for axis, size in layout._asdict().items())}: {rows} rows of {T // layout.cp:,} tokens a GPU "
-          f"and micro-step\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
+    print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"
+          f"\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
           f"{args.imbalance:g} times an even share")  # fmt: skip
     if 0 < recipe.rows % (ways * rows) < ways:
         raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
@@ -351,8 +351,9 @@ def report(args):
     print(f"\npeak {peak / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB, {LEFT_FREE:.0%} of which stay free for CUDA, NCCL and fragmentation: "
           + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows)))  # fmt: skip
     micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu)
-    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink ({LINK / 1e9:.0f} "
-          f"GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s of it, if they overlap")  # fmt: skip
+    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink "
+          f"({LINK / 1e9:.0f} GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s, "
+          f"beside it where they overlap")  # fmt: skip
     speed = recipe.rows * T / max(compute, node, network)
     print(f"model FLOPs a token {model_flops(config, T) / 1e9:.1f} G; {speed:,.0f} tokens/s, {speed / args.gpus:,.0f} a GPU")
     days = {name: r.schedule.steps * r.rows * r.seq_len * model_flops(config, r.seq_len) / (args.gpus * PEAK_FLOPS * args.mfu) / 86400

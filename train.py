@@ -264,16 +264,11 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     if total <= 0:
         raise InputError("a batch has no supervised token (every target has weight 0)")
     weights = [max(weight, 1e-9) for weight in weights]  # a rank without targets still balances its experts
-    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
     optimizer.zero_grad(set_to_none=True)
-    for batch, weight in zip(micro_batches, weights, strict=True):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            micro_loss, micro_metrics = loss_fn(model, batch)
-        (micro_loss * (weight / total)).backward()
-        loss += micro_loss.detach() * (weight / total)
-        for name, value in micro_metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
+    if ranks.several and ranks.layout.pp > 1:
+        loss, metrics = model.accumulate(micro_batches, total, device)
+    else:
+        loss, metrics = _accumulate(model, micro_batches, [weight / total for weight in weights], loss_fn, device)
     loss = ranks.sum(loss).item()
     metrics = {name: ranks.sum(value) for name, value in metrics.items()}
     norm = ranks.clip(model.parameters(), CLIP).item()
@@ -283,6 +278,20 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
             group["lr"] = lr
         optimizer.step()
     return loss, norm, finite, {name: value.tolist() for name, value in metrics.items()}
+
+
+def _accumulate(model, micro_batches, shares, loss_fn, device):
+    """Forward and backward of the micro-batches, each weighed by its share: (loss, {metric: tensor})."""
+    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
+    for batch, share in zip(micro_batches, shares, strict=True):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            micro_loss, micro_metrics = loss_fn(model, batch)
+        (micro_loss * share).backward()
+        loss += micro_loss.detach() * share
+        for name, value in micro_metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value.detach() * share
+    return loss, metrics
 
 
 def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200, watch=None):
@@ -385,6 +394,21 @@ def stage_schedule(stage, args, schedule):
     return schedule
 
 
+def empty_part(config, ranks, device, recipe):
+    """This rank's part of a model, without weights: pipeline stages, or all layers."""
+    from parallel import build
+    from pipeline import build_pipeline
+
+    return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recipe.recompute)
+
+
+def micro_rows(recipe, ranks):
+    """Rows of a micro-batch over all ranks; a pipeline needs at least as many micro-batches as it has stages."""
+    if not ranks.several or ranks.layout.pp == 1:
+        return recipe.micro_rows * ranks.count
+    return min(recipe.micro_rows, max(1, recipe.rows // (ranks.count * ranks.layout.pp))) * ranks.count
+
+
 def first_model(config, ranks, device, args, recipe):
     """A new model: of this process, or this rank's part of it."""
     if ranks is None:
@@ -392,7 +416,7 @@ def first_model(config, ranks, device, args, recipe):
             return Compass(config)
     import parallel
 
-    return parallel.initialise(parallel.build(config, ranks, device, recipe.recompute), args.seed)
+    return parallel.initialise(empty_part(config, ranks, device, recipe), args.seed)
 
 
 def model_from(state, stage, ranks, device, args, recipe):
@@ -402,7 +426,7 @@ def model_from(state, stage, ranks, device, args, recipe):
         return load_model(state, device, **changes)
     import parallel
 
-    model = parallel.build(CompassConfig(**{**state["config"], **changes}), ranks, device, recipe.recompute)
+    model = empty_part(CompassConfig(**{**state["config"], **changes}), ranks, device, recipe)
     parallel.restore_latest(args.run, stage, model)
     return model
 
@@ -440,7 +464,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
     fit(
-        model, rows.batches(recipe.rows, recipe.micro_rows * ranks_of(model).count), language_model_loss, schedule,
+        model, rows.batches(recipe.rows, micro_rows(recipe, ranks_of(model))), language_model_loss, schedule,
         run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
     )  # fmt: skip
 

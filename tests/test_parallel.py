@@ -18,20 +18,28 @@ import plan
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics
 from compass import CONFIGS, Compass, count_parameters
 from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
+from pipeline import build_pipeline
 from train import Schedule, _train_step, fit, language_model_loss, make_optimizer
 
 CPU = torch.device("cpu")
 MICRO = dict(n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, expert_dim=16, vocab_size=512, max_seq_len=64)
-MODELS = {"tiny": dataclasses.replace(CONFIGS["tiny"], **MICRO), "tiny_v3": dataclasses.replace(CONFIGS["tiny_v3"], **MICRO)}
+MODELS = {name: dataclasses.replace(CONFIGS[name], **MICRO) for name in ("tiny", "tiny_v3")}
+MODELS["without_mtp"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=0, n_layers=5)
 CASES = {  # world size -> [(model, layout, recompute)]
     2: [
         *((model, Layout(**{axis: 2}), False) for model in MODELS for axis in ("dp", "ep", "cp", "tp")),
         ("tiny", Layout(ep=2), True),
+        ("tiny", Layout(pp=2), False),
+        ("without_mtp", Layout(pp=2, vpp=2), True),
     ],
     4: [
         *((model, Layout(**dict.fromkeys(axes, 2)), False) for model in MODELS for axes in (("dp", "ep"), ("dp", "cp"), ("tp", "dp"))),
         ("tiny_v3", Layout(cp=2, ep=2), True),
-        ("tiny", Layout(ep=4), False),
+        ("tiny", Layout(pp=2, ep=2), False),
+        ("without_mtp", Layout(pp=2, dp=2), False),
+        ("without_mtp", Layout(pp=2, ep=2, vpp=2), False),
+        ("without_mtp", Layout(pp=2, cp=2), False),
+        ("without_mtp", Layout(pp=2, tp=2), False),
     ],
 }  # fmt: skip
 
@@ -60,6 +68,14 @@ def one_step(model):
 def fresh(name):
     torch.manual_seed(0)
     return Compass(MODELS[name])
+
+
+@torch.no_grad()
+def stages_of(name, ranks, recompute=False):
+    model, weights = build_pipeline(MODELS[name], ranks, CPU, recompute), fresh(name).state_dict()
+    for key, p in model.named_parameters():
+        p.copy_(parallel.sharded_like(weights[key], p, packed_orders(model).get(key)))
+    return model
 
 
 def whole(model, gradients=False):
@@ -104,8 +120,10 @@ def four_ranks_again(folder):
 def two_ranks(folder):
     layouts(2, folder)
     if dist.get_rank() == 0:
-        shutil.copytree(f"{folder}/calm", f"{folder}/two")
+        for name in ("two", "stages"):
+            shutil.copytree(f"{folder}/calm", f"{folder}/{name}")
     dist.barrier()
+    train(build_pipeline(MODELS["tiny"], Ranks(Layout(pp=2), "cpu"), CPU, False), f"{folder}/stages", 6, resume=True)
     torch.save(whole(train(parallelize(fresh("tiny"), Ranks(Layout(ep=2), "cpu")), f"{folder}/two", 6, resume=True)), f"{folder}/two.pt")
     seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(Layout(**{axis: 2}), "cpu"), CPU, False), 7)) for axis in ("ep", "tp")]
     torch.save(seeded, f"{folder}/seeded.pt")
@@ -113,7 +131,8 @@ def two_ranks(folder):
 
 def layouts(world, folder):
     for name, layout, recompute in CASES[world]:
-        model = parallelize(fresh(name), Ranks(layout, "cpu"), recompute=recompute)
+        ranks = Ranks(layout, "cpu")
+        model = stages_of(name, ranks, recompute) if layout.pp > 1 else parallelize(fresh(name), ranks, recompute=recompute)
         loss, norm, metrics = one_step(model)
         result = loss, norm, metrics, whole(model, gradients=True), whole(model)
         torch.save(result, f"{folder}/{world}-{dist.get_rank()}-{name}-{tuple(layout)}.pt")
@@ -147,14 +166,18 @@ def folder(tmp_path_factory):
 def test_every_layout_equals_one_process(folder, world, name, layout, recompute):
     model = fresh(name)
     loss, norm, metrics = one_step(model)
+    seen = set()
     for rank in range(world):
         their_loss, their_norm, their_metrics, gradients, weights = torch.load(f"{folder}/{world}-{rank}-{name}-{tuple(layout)}.pt")
         assert their_loss == pytest.approx(loss, rel=1e-5) and their_norm == pytest.approx(norm, rel=1e-5)
         for key, value in metrics.items():
             torch.testing.assert_close(torch.tensor(their_metrics[key]), torch.tensor(value), rtol=1e-5, atol=1e-6, msg=key)
-        for key, p in model.named_parameters():
-            torch.testing.assert_close(gradients[key], p.grad, rtol=1e-5, atol=1e-6, msg=key)
-            torch.testing.assert_close(weights[key], p, rtol=1e-4, atol=2e-5, msg=key)
+        ours = dict(model.named_parameters())
+        for key in gradients:
+            torch.testing.assert_close(gradients[key], ours[key].grad, rtol=1e-5, atol=1e-6, msg=key)
+            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=2e-5, msg=key)
+        seen.update(gradients)
+    assert seen == ours.keys()  # the stages of a pipeline together
 
 
 def curve(run):
@@ -171,14 +194,15 @@ def test_a_killed_rank_and_a_restart_change_nothing(folder, tmp_path):
 
 
 def test_shards_of_four_ranks_load_on_two_and_on_one(folder, tmp_path):
-    """Written with dp x tp; ep=2 and a single process go on to the same weights."""
+    """Written with dp x tp; ep=2, a pipeline of two (which writes shards itself) and a single process go on to the same weights."""
     state = load_checkpoint(f"{folder}/calm/general/step_4.pt")
     assert state["step"] == 4 and state["config"] == dataclasses.asdict(MODELS["tiny"])
     shutil.copytree(f"{folder}/calm", tmp_path / "one")
     alone = train(fresh("tiny"), tmp_path / "one", 6, resume=True)
-    two = torch.load(f"{folder}/two.pt")
+    two, stages = torch.load(f"{folder}/two.pt"), load_latest(f"{folder}/stages", "general")["model"]
     for name, p in alone.named_parameters():
-        torch.testing.assert_close(two[name], p, rtol=1e-4, atol=2e-5, msg=name)
+        torch.testing.assert_close(two[name], p, rtol=1e-4, atol=5e-5, msg=name)
+        torch.testing.assert_close(stages[name], p, rtol=1e-4, atol=5e-5, msg=name)
     assert [step for step, _ in curve(f"{folder}/two")] == list(range(6))
 
 
