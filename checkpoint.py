@@ -70,7 +70,7 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, stage="", tokenizer_
 def load_checkpoint(path, device="cpu", weights=True):
     """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, stage, tokenizer_hash, seed.
 
-    A folder of shards, which many ranks wrote (parallel.save_shards), is put together to the same dict; without `weights` only what
+    A folder of shards, which many ranks wrote (resharding.save_shards), is put together to the same dict; without `weights` only what
     is small is read of it. Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
     """
     if not os.path.exists(path):
@@ -93,12 +93,16 @@ def read_manifest(path):
         raise InputError(f"{path} is torn or foreign: its {MANIFEST} is missing or unreadable") from None
 
 
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verify_shards(path, files):
     """Compare files of a checkpoint folder with the manifest's checksums."""
     for name, expected in files:
         try:
-            with open(os.path.join(path, name), "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_sha256(os.path.join(path, name))
         except FileNotFoundError:
             found = None
         if found != expected:

@@ -10,13 +10,9 @@ Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S r
     python parallel.py --config v2_30b --gpus 64               # the plan of a full-size run, on this machine, without a GPU
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
-import shutil
 import sys
 import warnings
 import zlib
@@ -24,10 +20,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -36,7 +30,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 import cli
-from checkpoint import MANIFEST, MOMENTS, checkpoints, load_checkpoint, read_manifest, verify_shards, write_atomically
 from cli import InputError
 from compass import Compass, attend, document_mask, init_parameter
 from kernels import move_rows, sort_by_expert
@@ -82,8 +75,9 @@ def layout_of(text, world, config):
             raise InputError(f"--parallel {axis}={getattr(layout, axis)} must divide {what}, which is {number}")
     if layout.pp * layout.vpp > config.n_layers:
         raise InputError(f"--parallel pp x vpp = {layout.pp * layout.vpp} is more than n_layers, which is {config.n_layers}")
-    if config.dim % (layout.dp * layout.cp):
-        raise InputError(f"--parallel dp x cp = {layout.dp * layout.cp} must divide dim, which is {config.dim}")
+    name, cut = ("dp x cp x ep", layout.dp * layout.cp * layout.ep) if layout.tp > 1 else ("dp x cp", layout.dp * layout.cp)
+    if config.dim % cut:  # what ep and tp have cut by rows, FSDP cuts by columns, and evenly
+        raise InputError(f"--parallel {name} = {cut} must divide dim, which is {config.dim}")
     return layout
 
 
@@ -205,6 +199,7 @@ def exchange_and_compute(moe, group, x_RD, counts_E):
 
 
 def shard_experts(moe, mesh):
+    """Leave this rank its E / ep experts."""
     for name in ("gate_up_ED2F", "down_EFD"):
         weight = distribute_tensor(getattr(moe, name), mesh, [Shard(0)], src_data_rank=None)
         setattr(moe, name, nn.Parameter(weight))
@@ -214,7 +209,7 @@ def shard_experts(moe, mesh):
 def pack(linear, parts, tp):
     """Reorder the rows of a matrix made of several (q, k, v; gate, up), so that each rank's contiguous slice has its share of each."""
     segments = [rows.chunk(tp) for rows in torch.arange(len(linear.weight)).split(parts)]
-    linear.packed = torch.cat([segment[r] for r in range(tp) for segment in segments])  # materialise and checkpoints undo it
+    linear.packed = torch.cat([segment[r] for r in range(tp) for segment in segments])  # checkpoints undo it
     linear.weight = nn.Parameter(linear.weight[linear.packed])
 
 
@@ -231,6 +226,7 @@ def split_width(block, mesh):
 
 
 def blocks_of(model):
+    """Its blocks, those of multi-token prediction too."""
     blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks  # a stage's, or all
     return [*blocks, *(mtp.block for mtp in model.mtp)]
 
@@ -342,109 +338,6 @@ def whole_of(p, order):
 def unpacked(x, order):
     """The same shards of the tensor in a single process's order."""
     return x if order is None else distribute_tensor(whole_of(x, order), x.device_mesh, x.placements, src_data_rank=None)
-
-
-def tensors_of(model, optimizer):
-    """{key: DTensor} of weights and moments, under the keys of a checkpoint's shards."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
-        if optimizer is not None:
-            state = optimizer.state[p]
-            if not state:
-                state.update(step=torch.zeros(()), **{kind: torch.zeros_like(p) for kind in MOMENTS})
-            tensors.update({f"{kind}.{name}": state[kind] for kind in MOMENTS})
-    return tensors
-
-
-def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=0):
-    """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file.
-
-    Any number of ranks in any layout can load it, and so can a single process (checkpoint.load_checkpoint).
-    """
-    orders, temporary = packed_orders(model), path + ".tmp"
-    tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save(tensors, checkpoint_id=temporary)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
-    files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
-    files = {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]}
-    steps = {name: optimizer.state[p]["step"].item() for name, p in model.named_parameters()}
-    dist.all_gather_object(found, (files, steps))
-    if dist.get_rank() == 0:
-        files, steps = ({key: value for part in found for key, value in part[i].items()} for i in range(2))
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        by_decay = {g["weight_decay"]: g for g in settings}
-        manifest = {
-            "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
-            "names": names_of(model.config), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
-            "optimizer_steps": steps, "files": files,
-        }  # fmt: skip
-        write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
-        os.rename(temporary, path)
-    dist.barrier()
-
-
-def names_of(config):
-    """Names of a whole model's parameters, in order."""
-    with torch.device("meta"):
-        return [name for name, _ in Compass(config).named_parameters()]
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@torch.no_grad()
-def restore(path, model, optimizer=None):
-    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its small part."""
-    orders, tensors = packed_orders(model), tensors_of(model, optimizer)
-    if not os.path.isdir(path):
-        state = load_checkpoint(path)
-        whole = {f"model.{name}": x for name, x in state["model"].items()}
-        names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
-        for i, name in enumerate(names if optimizer is not None else ()):
-            none = torch.zeros_like(whole[f"model.{name}"])
-            moments = state["optimizer"]["state"].get(i) or {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, none)}
-            whole.update({f"{kind}.{name}": moments[kind] for kind in MOMENTS})
-            state.setdefault("optimizer_steps", {})[name] = moments["step"].item()
-        for key, x in tensors.items():
-            x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
-    else:
-        state = read_manifest(path)
-        verify_shards(path, list(state["files"].items())[dist.get_rank() :: dist.get_world_size()])
-        loaded = {key: torch.empty_like(x) for key, x in tensors.items()}
-        dcp.load(loaded, checkpoint_id=path)
-        for key, x in tensors.items():
-            order = orders.get(key.partition(".")[2])
-            x.copy_(loaded[key] if order is None else sharded_like(loaded[key].full_tensor(), x, order))
-    if optimizer is not None:
-        for name, p in model.named_parameters():
-            optimizer.state[p]["step"].fill_(state["optimizer_steps"][name])
-    return state
-
-
-def restore_latest(run, stage, model, optimizer=None):
-    """`restore` from the newest checkpoint of a stage that every rank finds intact; torn ones are named and passed over."""
-    for path in checkpoints(run, stage):
-        state, problem = None, None
-        try:
-            state = restore(path, model, optimizer)
-        except InputError as error:
-            problem = str(error)
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
-        if problem is None:
-            return state
-        print(f"{problem}; trying the one before it")
-    raise InputError(f"{run}/{stage} holds no intact checkpoint: run its stage first")
 
 
 def main():

@@ -341,6 +341,8 @@ def report(args):
     print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"
           f"\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
           f"{args.imbalance:g} times an even share")  # fmt: skip
+    if config.mtp_depth:
+        print("multi-token prediction is counted in every step; where the stage leaves it out, all is a little less")
     if 0 < recipe.rows % (ways * rows) < ways:
         raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
     if layout.pp > 1:

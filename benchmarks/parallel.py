@@ -1,8 +1,8 @@
 """Scaling: one process against two on this machine, measured; and 1 to 64 nodes from the plan's bytes, computed.
 
-Measured: training steps of `tiny` on the same global batch, one thread a process (and one process with two threads); medians. Computed: v2_30b
-with a fixed batch for each GPU, computation at a stated MFU, the bytes of plan.py at the links' full speed, once wholly beside the
-computation and once wholly after it; the truth lies between.
+Measured: training steps of `tiny` on the same global batch, one thread a process (and one process with two threads);
+medians. Computed: v2_30b with a fixed batch for each GPU, computation at a stated MFU, the bytes of plan.py at the links' full
+speed, once wholly beside the computation and once wholly after it; the truth lies between.
 
     python -m benchmarks.parallel      # about 2 minutes on two cores
 """
@@ -76,11 +76,13 @@ def computed(name="v2_30b"):
     for nodes in NODES:
         received = bytes_received(config, Layout(dp=nodes, ep=8), PLANNED_ROWS * context)
         node, network = (
-            sum(size for row, size in received.items() if row.endswith(link)) / speed for link, speed in (("node", LINK), ("network", NETWORK))
+            sum(size for row, size in received.items() if row.endswith(link)) / speed
+            for link, speed in (("node", LINK), ("network", NETWORK))
         )
         best, worst = (PLANNED_ROWS * context / t for t in (max(seconds, node, network), seconds + node + network))
         table.append({"nodes": nodes, "node_s": node, "network_s": network, "compute_s": seconds, "overlapped": best, "exposed": worst})
-        print(f"{nodes:3} nodes: {best:8,.0f} tokens/s a GPU overlapped, {worst:8,.0f} exposed ({worst / table[0]['exposed']:.0%} of one node)")
+        kept = worst / table[0]["exposed"]
+        print(f"{nodes:3} nodes: {best:8,.0f} tokens/s a GPU overlapped, {worst:8,.0f} exposed ({kept:.0%} of one node)")
     return table
 
 

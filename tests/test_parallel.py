@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 
@@ -15,6 +16,7 @@ from conftest import ROOT
 
 import parallel
 import plan
+import resharding
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics
 from compass import CONFIGS, Compass, count_parameters
 from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
@@ -125,8 +127,21 @@ def two_ranks(folder):
     dist.barrier()
     train(build_pipeline(MODELS["tiny"], Ranks(Layout(pp=2), "cpu"), CPU, False), f"{folder}/stages", 6, resume=True)
     torch.save(whole(train(parallelize(fresh("tiny"), Ranks(Layout(ep=2), "cpu")), f"{folder}/two", 6, resume=True)), f"{folder}/two.pt")
+    torch.save(full_disk(folder), f"{folder}/full{dist.get_rank()}.pt")
     seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(Layout(**{axis: 2}), "cpu"), CPU, False), 7)) for axis in ("ep", "tp")]
     torch.save(seeded, f"{folder}/seeded.pt")
+
+
+def full_disk(folder):
+    """What save_shards says when the second rank's files may not grow, and what is left of its folder."""
+    model = parallelize(fresh("tiny"), Ranks(Layout(dp=2), "cpu"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with pytest.raises(ValueError) as caught:
+        resharding.save_shards(f"{folder}/full/general/step_1.pt", model, make_optimizer(model), step=1, stage="general")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(caught.value), checkpoints(f"{folder}/full", "general")
 
 
 def layouts(world, folder):
@@ -218,6 +233,12 @@ def test_torn_shards_are_named_and_the_ones_before_them_used(folder, tmp_path, c
     os.remove(os.path.join(older, "manifest.json"))
     with pytest.raises(ValueError, match="holds no intact checkpoint"):
         load_latest(run, "general")
+
+
+def test_a_full_disk_leaves_no_checkpoint_behind(folder):
+    for rank in range(2):
+        message, left = torch.load(f"{folder}/full{rank}.pt")
+        assert "step_1.pt: could not be written" in message and "earlier checkpoints are intact" in message and left == []
 
 
 def test_a_non_finite_gradient_of_one_rank_skips_the_step_on_all(folder):
