@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 
 import torch
 
@@ -117,7 +118,9 @@ def load_shards(path, device):
     verify_shards(path, state["files"].items())
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in stored.items()}
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
     tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
     names = state["names"]
     model = {name: tensors[f"model.{name}"] for name in names}

@@ -310,12 +310,12 @@ def stage_schedule(stage, args, schedule):
     return schedule
 
 
-def empty_part(config, ranks, device, recipe):
+def empty_part(config, ranks, device, recompute):
     """This rank's part of a model, without weights: pipeline stages, or all layers."""
     from parallel import build
     from pipeline import build_pipeline
 
-    return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recipe.recompute)
+    return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recompute)
 
 
 def micro_rows(recipe, ranks):
@@ -332,18 +332,26 @@ def first_model(config, ranks, device, args, recipe):
             return Compass(config)
     from parallel import initialise
 
-    return initialise(empty_part(config, ranks, device, recipe), args.seed)
+    return initialise(empty_part(config, ranks, device, recipe.recompute), args.seed)
 
 
-def model_from(state, stage, ranks, device, args, recipe):
-    """The model that a stage left behind, with the context and RoPE base of the next."""
-    changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+def processes(args, config_of):
+    """(device, parallel.Ranks), or (device, None) for a process that torchrun did not start. config_of() is the model's config."""
+    if args.parallel or "WORLD_SIZE" in os.environ:
+        from parallel import start
+
+        return start(args.parallel, config_of(), args.device)
+    return cli.pick_device(args.device), None
+
+
+def model_from(state, run, ranks, device, recompute=False, **changes):
+    """The model that a stage left behind, from its `state`; some fields of the config may be changed."""
     if ranks is None:
         return load_model(state, device, **changes)
     import resharding
 
-    model = empty_part(CompassConfig(**{**state["config"], **changes}), ranks, device, recipe)
-    resharding.restore_latest(args.run, stage, model)
+    model = empty_part(CompassConfig(**{**state["config"], **changes}), ranks, device, recompute)
+    resharding.restore_latest(run, state["stage"], model)
     return model
 
 
@@ -369,7 +377,8 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     if before is None:
         model = first_model(config, ranks, device, args, recipe)
     else:
-        model = model_from(state, before, ranks, device, args, recipe)
+        changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+        model = model_from(state, args.run, ranks, device, recipe.recompute, **changes)
     if is_shards(args.data):
         tokenised = Shards(args.data, tokenizer)
     else:
@@ -387,20 +396,16 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
 
 def main():
     args = cli.parse(
-        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed",
+        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed", "parallel",
         stage=dict(default="all", help="a stage of the config's recipe: general, anneal, long; v3 has its own six (default: all)"),
-        parallel=dict(help="layout of the processes that torchrun started, as in ep=2,cp=2 (pp, dp, cp, ep, tp; dp takes the rest)"),
     )  # fmt: skip
-    config, ranks = config_named(args.config), None
-    if args.parallel or "WORLD_SIZE" in os.environ:
-        import parallel
-
-        device, ranks = parallel.start(args.parallel, config, args.device)
-    else:
-        device = cli.pick_device(args.device)
+    config = config_named(args.config)
+    device, ranks = processes(args, lambda: config)
     tokenizer = Tokenizer.load(args.run)
     for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
         run_stage(stage, args, device, tokenizer, ranks)
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

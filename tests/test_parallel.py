@@ -19,6 +19,7 @@ import plan
 import resharding
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics
 from compass import CONFIGS, Compass, count_parameters
+from data import market
 from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
 from pipeline import build_pipeline
 from train import Schedule, _train_step, fit, language_model_loss, make_optimizer
@@ -252,6 +253,23 @@ def test_first_weights_do_not_depend_on_the_layout(folder):
     assert all(torch.equal(by_ep[name], by_tp[name]) for name in by_ep)
     width = by_ep["blocks.0.attention.qkv.weight"].std().item() * MODELS["tiny"].dim ** 0.5
     assert width == pytest.approx(1, abs=0.1) and by_ep["norm.weight"].eq(1).all()
+
+
+def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_tokenizer, tmp_path):
+    run, data, tasks = tmp_path / "run", tmp_path / "data", tmp_path / "tasks.jsonl"
+    micro_tokenizer.save(run)
+    data.mkdir()
+    texts = (json.dumps({"text": f"{d['text']} {i}"}) for i, d in enumerate(market.documents("general", 0, per_language=20)))
+    (data / "en.jsonl").write_text("\n".join(texts))
+    tasks.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{i}"}], "answer": "b"}) for i in range(400)))
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--")
+    result = script(*torchrun, "train.py", "--run", run, "--data", data, "--steps", "2", "--parallel", "ep=2")
+    assert result.returncode == 0 and "2 processes: pp=1, dp=1, cp=1, ep=2, tp=1" in result.stdout, result.stderr
+    result = script(*torchrun, "sft.py", "--run", run, "--data", tasks, "--stage", "sft1", "--steps", "2", "--parallel", "dp=2")
+    assert result.returncode == 0 and result.stdout.count("inherited from long step 2") == 1, result.stderr
+    assert os.path.isdir(run / "sft1" / "step_2.pt") and curve(run)[-1][0] == 1
+    result = script("checkpoint.py", "--run", run)
+    assert result.stdout.count("intact, 2.68M") == 4 and "newest stage: sft1" in result.stdout and not result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(
