@@ -312,9 +312,12 @@ def advice(config, gpus, T, rows):
 def pipeline_table(config, layout, recipe, rows):
     """Bubble and memory of pipeline stages, by formula: 1F1B, and interleaved (VPP) with 2 chunks of layers a stage."""
     pp, micro_steps = layout.pp, math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
-    whole = formula(config, layout._replace(pp=1, dp=layout.dp), rows, recipe.seq_len)
+    whole = formula(config, layout._replace(pp=1), rows, recipe.seq_len)
     kept = rows * recipe.seq_len // layout.cp * 2 * config.dim * config.n_layers / pp  # block inputs of one micro-batch
     state = (whole["parameters"] + whole["gradients"] + whole["optimizer"]) / pp
+    # torch's stages gather weights (bf16) and sum gradients (fp32) once a step, not once a micro-step
+    sizes = Sizes(config, layout)
+    held = (2 + 4) * (config.n_layers / pp * (sizes.block + sizes.router + sizes.experts) + sizes.root / pp)
     print(f"\npipeline of {pp} stages, {micro_steps} micro-steps, by formula   bubble   kept activations of the stages, GB")
     for name, chunks in (("1F1B", 1), ("interleaved, 2 chunks", 2)):
         bubble = (pp - 1) / (chunks * micro_steps + pp - 1)
@@ -323,7 +326,10 @@ def pipeline_table(config, layout, recipe, rows):
         else:  # warm-up of Narayanan et al. 2021: 2 (pp - stage - 1) + (chunks - 1) pp chunks, and the one at work
             flying = [(2 * (pp - stage - 1) + (chunks - 1) * pp + 1) / chunks for stage in range(pp)]
         print(f"  {name:30} {100 * bubble:20.2f} %   {' '.join(f'{kept * min(n, micro_steps) / 1e9:.1f}' for n in flying)}")
-    print(f"  parameters, gradients and optimizer of a stage about {state / 1e9:.1f} GB")
+    total = state + held + pp * kept
+    print(f"  besides, a stage holds {state / 1e9:.1f} GB of shards and, until a step ends, {held / 1e9:.1f} GB of gathered weights and "
+          f"gradients:\n  1F1B needs at least {total / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB and "
+          + ("fits" if total <= (1 - LEFT_FREE) * GPU_MEMORY else "does not fit: take smaller stages, or leave pp at 1"))  # fmt: skip
 
 
 def report(args):

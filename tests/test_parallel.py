@@ -86,12 +86,12 @@ def whole(model, gradients=False):
     return {name: whole_of(p.grad if gradients else p, orders.get(name)) for name, p in model.named_parameters()}
 
 
-def train(model, run, steps, *, killed_at=None, killed_rank=None, loss_fn=language_model_loss, **kwargs):
-    """fit for some steps, saving every second one; one rank kills itself when a certain step begins."""
+def train(model, run, steps, *, at=None, rank=None, sends=None, loss_fn=language_model_loss, **kwargs):
+    """fit for some steps, saving every second one; one rank sends itself a signal when a certain step begins."""
 
     def batches(step):
-        if step == killed_at and dist.get_rank() == killed_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == at and dist.get_rank() == rank:
+            os.kill(os.getpid(), sends)
         return [batch_of(model.config, 10 * step + m) for m in range(2)]
 
     schedule = Schedule(steps, 1e-2, 1e-3, 2)
@@ -110,11 +110,15 @@ def four_ranks(folder):
     layouts(4, folder)
     ranks = Ranks(Layout(dp=2, tp=2), "cpu")
     train(parallelize(fresh("tiny"), ranks), f"{folder}/calm", 4)
-    train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, killed_at=3, killed_rank=random.Random(0).randrange(4))
+    train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, at=3, rank=random.Random(0).randrange(4),
+          sends=signal.SIGKILL)  # fmt: skip
 
 
 def four_ranks_again(folder):
     ranks = Ranks(Layout(dp=2, tp=2), "cpu")
+    with pytest.raises(SystemExit):  # all ranks save and go when one is asked to
+        train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, resume=True, at=2, rank=1, sends=signal.SIGTERM)
+    torch.save([os.path.basename(path) for path in checkpoints(f"{folder}/killed", "general")], f"{folder}/asked.pt")
     train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, resume=True)
     model = train(parallelize(fresh("tiny"), ranks), f"{folder}/sick", 3, loss_fn=sick_on_the_last_rank)
     torch.save(whole(model), f"{folder}/sick.pt")
@@ -200,7 +204,8 @@ def curve(run):
     return [(entry["step"], entry["loss"]) for entry in read_metrics(run)]
 
 
-def test_a_killed_rank_and_a_restart_change_nothing(folder, tmp_path):
+def test_a_killed_rank_a_sigterm_and_restarts_change_nothing(folder, tmp_path):
+    assert torch.load(f"{folder}/asked.pt") == ["step_3.pt", "step_2.pt"]
     assert [step for step, _ in curve(f"{folder}/calm")] == [0, 1, 2, 3]
     assert curve(f"{folder}/killed") == curve(f"{folder}/calm")
     a, b = (load_latest(f"{folder}/{run}", "general")["model"] for run in ("killed", "calm"))
