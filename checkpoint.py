@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 
 import torch
 
@@ -26,7 +27,9 @@ from compass import Compass, CompassConfig
 
 # in training order; the command that makes each stage
 STAGES = {
-    "general": "python train.py", "anneal": "python train.py --stage anneal", "long": "python train.py --stage long",
+    "general": "python train.py", "anneal": "python train.py --stage anneal", "market": "python train.py --stage market",
+    "reasoning": "python train.py --stage reasoning", "extend": "python train.py --stage extend",
+    "long": "python train.py --stage long", "mtp": "python train.py --stage mtp",
     "sft1": "python sft.py", "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
@@ -68,7 +71,7 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, stage="", tokenizer_
 def load_checkpoint(path, device="cpu", weights=True):
     """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, stage, tokenizer_hash, seed.
 
-    A folder of shards, which many ranks wrote (parallel.save_shards), is put together to the same dict; without `weights` only what
+    A folder of shards, which many ranks wrote (resharding.save_shards), is put together to the same dict; without `weights` only what
     is small is read of it. Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
     """
     if not os.path.exists(path):
@@ -91,12 +94,16 @@ def read_manifest(path):
         raise InputError(f"{path} is torn or foreign: its {MANIFEST} is missing or unreadable") from None
 
 
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verify_shards(path, files):
     """Compare files of a checkpoint folder with the manifest's checksums."""
     for name, expected in files:
         try:
-            with open(os.path.join(path, name), "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_sha256(os.path.join(path, name))
         except FileNotFoundError:
             found = None
         if found != expected:
@@ -111,13 +118,15 @@ def load_shards(path, device):
     verify_shards(path, state["files"].items())
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in stored.items()}
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
     tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
     names = state["names"]
     model = {name: tensors[f"model.{name}"] for name in names}
     matrices, vectors = ([name for name in names if (model[name].dim() >= 2) == decayed] for decayed in (True, False))
     moments = {
-        i: {"step": torch.tensor(state["optimizer_step"]), **{kind: tensors[f"{kind}.{name}"] for kind in MOMENTS}}
+        i: {"step": torch.tensor(state["optimizer_steps"][name]), **{kind: tensors[f"{kind}.{name}"] for kind in MOMENTS}}
         for i, name in enumerate(matrices + vectors)
     }
     places = list(range(len(matrices))), list(range(len(matrices), len(names)))

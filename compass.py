@@ -296,6 +296,7 @@ class Compass(nn.Module):
         self.config = config
         self.ranks = OneRank()
         self.router_scale = 1.0  # decays alpha and beta; set by train.fit from the schedule
+        self.mtp_scale = 1.0  # 0 in steps without multi-token prediction; set likewise
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -343,7 +344,7 @@ class Compass(nn.Module):
         mtp = self._mtp_loss(h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask)
         lm, aux, z, mtp = (x * scale for x in (lm, aux, z, mtp))
         c = self.config
-        total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + c.mtp_weight * mtp
+        total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + self.mtp_scale * c.mtp_weight * mtp
         return Losses(total, lm, aux, z, mtp, load_LE, self.ranks.whole(nll_N.view(len(tokens_BT), -1)))
 
     def _cross_entropy(self, h_BTD, targets_BT, weights_BT):
@@ -364,7 +365,7 @@ class Compass(nn.Module):
     def _mtp_loss(self, h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask):
         """Mean over depths; depth k sees token t+k and predicts token t+k+1 of the same document."""
         losses = [h_BTD.new_zeros(())]
-        for k, block in enumerate(self.mtp, 1):
+        for k, block in enumerate(self.mtp if self.mtp_scale else (), 1):
             h_BTD = block(h_BTD, self.embedding(self.ranks.part(tokens_BT.roll(-k, 1))), rope, mask)
             weights = weights_BT.roll(-k, 1)
             weights[:, -k:] = 0

@@ -1,8 +1,8 @@
 """Many processes, one model: data, expert, context and tensor parallelism with torch's own engine (v2 §2.3; v3's experts in a node).
 
-The ranks form one mesh (pp, dp, cp, ep, tp). dp and ep read different rows, cp different parts of a row, tp the same tokens with a
-part of the heads and of the shared experts' width. Experts live on ep, and are sharded (FSDP2) over dp x cp; everything else is sharded over
-dp x cp x ep. Every loss, gradient and norm equals that of a single process on the whole batch.
+The ranks form one mesh (pp, dp, cp, ep, tp). dp and ep read different rows, cp different parts of a row, tp the same tokens
+with a part of the heads and of the shared experts' width. Experts live on ep, and are sharded (FSDP2) over dp x cp;
+everything else is sharded over dp x cp x ep. Every loss, gradient and norm equals that of a single process on the whole batch.
 
 Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S rows that arrive at this rank's experts, P ranks.
 
@@ -10,13 +10,9 @@ Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S r
     python parallel.py --config v2_30b --gpus 64               # the plan of a full-size run, on this machine, without a GPU
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
-import shutil
 import sys
 import warnings
 import zlib
@@ -24,10 +20,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -36,7 +30,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 import cli
-from checkpoint import MANIFEST, MOMENTS, checkpoints, load_checkpoint, read_manifest, verify_shards, write_atomically
 from cli import InputError
 from compass import Compass, attend, document_mask, init_parameter
 from kernels import move_rows, sort_by_expert
@@ -44,13 +37,22 @@ from moe import MoE, grouped_swiglu
 
 
 class Layout(NamedTuple):
-    """How many ranks along each axis; their product is the number of processes."""
+    """How many ranks along each axis; their product is the number of processes. vpp: runs of layers on each pipeline rank."""
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     ep: int = 1
     tp: int = 1
+    vpp: int = 1
+
+    @property
+    def axes(self):
+        """{axis: size} of the mesh."""
+        return dict(zip(self._fields[:5], self[:5], strict=True))
+
+    def __str__(self):
+        return ", ".join(f"{axis}={size}" for axis, size in self._asdict().items())
 
 
 def layout_of(text, world, config):
@@ -59,20 +61,23 @@ def layout_of(text, world, config):
     for part in filter(None, (text or "").split(",")):
         axis, _, size = part.partition("=")
         if axis not in Layout._fields or not size.isdigit() or int(size) < 1:
-            raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp with a number, as in ep=2,cp=2")
+            raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp, vpp with a number, as in ep=2,cp=2")
         sizes[axis] = int(size)
-    rest = math.prod(size for axis, size in sizes.items() if axis != "dp")
+    rest = math.prod(size for axis, size in sizes.items() if axis not in ("dp", "vpp"))
     if world % rest or sizes.get("dp", world // rest) * rest != world:
         raise InputError(f"--parallel {text}: {' x '.join(f'{a}={n}' for a, n in sizes.items())} does not make {world} processes")
     layout = Layout(**{**sizes, "dp": world // rest})
     for axis, what, number in (
-        ("ep", "n_experts", config.n_experts), ("tp", "n_kv_heads", config.n_kv_heads), ("pp", "n_layers", config.n_layers),
+        ("ep", "n_experts", config.n_experts), ("tp", "n_kv_heads", config.n_kv_heads),
         ("tp", "n_shared * expert_dim", config.n_shared * config.expert_dim),
     ):  # fmt: skip
         if number % getattr(layout, axis):
             raise InputError(f"--parallel {axis}={getattr(layout, axis)} must divide {what}, which is {number}")
-    if config.dim % (layout.dp * layout.cp):
-        raise InputError(f"--parallel dp x cp = {layout.dp * layout.cp} must divide dim, which is {config.dim}")
+    if layout.pp * layout.vpp > config.n_layers:
+        raise InputError(f"--parallel pp x vpp = {layout.pp * layout.vpp} is more than n_layers, which is {config.n_layers}")
+    name, cut = ("dp x cp x ep", layout.dp * layout.cp * layout.ep) if layout.tp > 1 else ("dp x cp", layout.dp * layout.cp)
+    if config.dim % cut:  # what ep and tp have cut by rows, FSDP cuts by columns, and evenly
+        raise InputError(f"--parallel {name} = {cut} must divide dim, which is {config.dim}")
     return layout
 
 
@@ -84,7 +89,7 @@ class Ranks:
 
     def __init__(self, layout, device_type):
         self.several, self.layout, self.device_type = True, layout, device_type
-        self.mesh = init_device_mesh(device_type, layout, mesh_dim_names=Layout._fields)
+        self.mesh = init_device_mesh(device_type, tuple(layout.axes.values()), mesh_dim_names=tuple(layout.axes))
         self.data = self.mesh["dp", "cp", "ep"]._flatten("data")
         self.experts = self.mesh["dp", "cp"]._flatten("experts")
         self.count = layout.dp * layout.ep
@@ -194,6 +199,7 @@ def exchange_and_compute(moe, group, x_RD, counts_E):
 
 
 def shard_experts(moe, mesh):
+    """Leave this rank its E / ep experts."""
     for name in ("gate_up_ED2F", "down_EFD"):
         weight = distribute_tensor(getattr(moe, name), mesh, [Shard(0)], src_data_rank=None)
         setattr(moe, name, nn.Parameter(weight))
@@ -203,7 +209,7 @@ def shard_experts(moe, mesh):
 def pack(linear, parts, tp):
     """Reorder the rows of a matrix made of several (q, k, v; gate, up), so that each rank's contiguous slice has its share of each."""
     segments = [rows.chunk(tp) for rows in torch.arange(len(linear.weight)).split(parts)]
-    linear.packed = torch.cat([segment[r] for r in range(tp) for segment in segments])  # materialise and checkpoints undo it
+    linear.packed = torch.cat([segment[r] for r in range(tp) for segment in segments])  # checkpoints undo it
     linear.weight = nn.Parameter(linear.weight[linear.packed])
 
 
@@ -220,7 +226,14 @@ def split_width(block, mesh):
 
 
 def blocks_of(model):
-    return [*model.blocks, *(mtp.block for mtp in model.mtp)]
+    """Its blocks, those of multi-token prediction too."""
+    blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks  # a stage's, or all
+    return [*blocks, *(mtp.block for mtp in model.mtp)]
+
+
+def parts_of(model):
+    """The stages of a pipeline on this rank, or the model itself."""
+    return getattr(model, "stages", [model])
 
 
 def fsdp_dim(p):
@@ -257,7 +270,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
                 shard(moe.shared)
             shard(moe, mesh=ranks.experts, shard_placement_fn=lambda p, gate_up=moe.gate_up_ED2F: Shard(1 if p is gate_up else 2))
         shard(block)
-    shard(model.embedding)
+    if model.embedding is not None:
+        shard(model.embedding)
     shard(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
@@ -269,7 +283,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
 
 def packed_orders(model):
     """{parameter: row order} of what tensor parallelism reordered."""
-    return {f"{name}.weight": module.packed for name, module in model.named_modules() if hasattr(module, "packed")}
+    named = [pair for part in parts_of(model) for pair in part.named_modules()]
+    return {f"{name}.weight": module.packed for name, module in named if hasattr(module, "packed")}
 
 
 def start(text, config, device_name):
@@ -284,7 +299,7 @@ def start(text, config, device_name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    print(f"{dist.get_world_size()} processes: {', '.join(f'{axis}={size}' for axis, size in layout._asdict().items())}")
+    print(f"{dist.get_world_size()} processes: {layout}")
     return device, Ranks(layout, device.type)
 
 
@@ -303,7 +318,7 @@ def initialise(model, seed):
     orders = packed_orders(model)
     for name, p in model.named_parameters():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        whole = init_parameter(name, torch.empty(p.shape, device=p.device), len(model.blocks))
+        whole = init_parameter(name, torch.empty(p.shape, device=p.device), model.config.n_layers)
         p.copy_(sharded_like(whole, p, orders.get(name)))
     return model
 
@@ -323,98 +338,6 @@ def whole_of(p, order):
 def unpacked(x, order):
     """The same shards of the tensor in a single process's order."""
     return x if order is None else distribute_tensor(whole_of(x, order), x.device_mesh, x.placements, src_data_rank=None)
-
-
-def tensors_of(model, optimizer):
-    """{key: DTensor} of weights and moments, under the keys of a checkpoint's shards."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
-        if optimizer is not None:
-            state = optimizer.state[p]
-            if not state:
-                state.update(step=torch.zeros(()), **{kind: torch.zeros_like(p) for kind in MOMENTS})
-            tensors.update({f"{kind}.{name}": state[kind] for kind in MOMENTS})
-    return tensors
-
-
-def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=0):
-    """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file.
-
-    Any number of ranks in any layout can load it, and so can a single process (checkpoint.load_checkpoint).
-    """
-    orders, temporary = packed_orders(model), path + ".tmp"
-    tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save(tensors, checkpoint_id=temporary)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
-    files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
-    dist.all_gather_object(found, {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]})
-    if dist.get_rank() == 0:
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        by_decay = {g["weight_decay"]: g for g in settings}
-        manifest = {
-            "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
-            "names": [name for name, _ in model.named_parameters()], "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
-            "optimizer_step": next(iter(optimizer.state.values()))["step"].item(), "files": {k: v for part in found for k, v in part.items()},
-        }  # fmt: skip
-        write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
-        os.rename(temporary, path)
-    dist.barrier()
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@torch.no_grad()
-def restore(path, model, optimizer=None):
-    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its small part."""
-    orders, tensors = packed_orders(model), tensors_of(model, optimizer)
-    if not os.path.isdir(path):
-        state = load_checkpoint(path)
-        whole = {f"model.{name}": x for name, x in state["model"].items()}
-        names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
-        for i, name in enumerate(names if optimizer is not None else ()):
-            whole.update({f"{kind}.{name}": state["optimizer"]["state"][i][kind] for kind in MOMENTS})
-            state["optimizer_step"] = state["optimizer"]["state"][i]["step"].item()
-        for key, x in tensors.items():
-            x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
-    else:
-        state = read_manifest(path)
-        verify_shards(path, list(state["files"].items())[dist.get_rank() :: dist.get_world_size()])
-        loaded = {key: torch.empty_like(x) for key, x in tensors.items()}
-        dcp.load(loaded, checkpoint_id=path)
-        for key, x in tensors.items():
-            order = orders.get(key.partition(".")[2])
-            x.copy_(loaded[key] if order is None else sharded_like(loaded[key].full_tensor(), x, order))
-    if optimizer is not None:
-        for moments in optimizer.state.values():
-            moments["step"].fill_(state["optimizer_step"])
-    return state
-
-
-def restore_latest(run, stage, model, optimizer=None):
-    """`restore` from the newest checkpoint of a stage that every rank finds intact; torn ones are named and passed over."""
-    for path in checkpoints(run, stage):
-        state, problem = None, None
-        try:
-            state = restore(path, model, optimizer)
-        except InputError as error:
-            problem = str(error)
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
-        if problem is None:
-            return state
-        print(f"{problem}; trying the one before it")
-    raise InputError(f"{run}/{stage} holds no intact checkpoint: run its stage first")
 
 
 def main():

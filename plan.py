@@ -1,8 +1,8 @@
 """The plan of a full-size run, made on a machine without a GPU: memory, traffic, FLOPs and time of one rank.
 
 The full model is built and sharded by parallel.py over tensors without content (FakeTensor) and a process group without
-partners, and runs one real training step. What torch's tracker counts stands beside a formula a reader can check by hand; a gap over 5 % is an
-error. Attention counts as the causal flash kernel it is on a GPU, which keeps no scores.
+partners, and runs real training code. What torch's tracker counts stands beside a formula a reader can check by hand; a gap
+over 5 % is an error. Attention counts as the causal flash kernel it is on a GPU, which keeps no scores.
 
 Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D, F, V, E, K, L as in compass.py.
 
@@ -12,7 +12,6 @@ Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D,
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import math
 from unittest import mock
@@ -37,7 +36,10 @@ GPU_MEMORY, LEFT_FREE, NODE = 80e9, 0.1, 8  # bytes; share for CUDA, NCCL and fr
 PEAK_FLOPS, LINK, NETWORK = 989e12, 450e9, 50e9  # H100: bf16 FLOP/s, NVLink and network bytes/s of one GPU, one direction
 LARGEST_GAP = 0.05  # between tracker and formula
 # (config, context) -> layout and rows of a micro-step; what is not named takes "ep=8" and one row
-LAYOUTS = {("v2_30b", 4096): ("ep=8", 2), ("v2_30b", 32768): ("ep=8,cp=4", 1), ("v3_245b", 131_072): ("ep=8,cp=8", 1)}
+LAYOUTS = {
+    ("v2_30b", 4096): ("ep=8", 6), ("v2_30b", 32_768): ("ep=8,cp=4", 3), ("v3_245b", 8192): ("ep=8", 2),
+    ("v3_245b", 32_768): ("ep=8,cp=2", 1), ("v3_245b", 131_072): ("ep=8,cp=8", 1),
+}  # fmt: skip
 
 
 def traffic(collective, size, ranks, peers_in_node):
@@ -138,7 +140,7 @@ def substitutes(imbalance):
 
 def tracked(config, layout, rows, T, imbalance=1.0):
     """What one rank of the real code uses, as {row of the plan: bytes or FLOPs}: a step, then the micro-step that is counted."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout.axes.values()))
     with torch.device("meta"):
         model = Compass(config)
     parallelize(model, PlannedRanks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
@@ -284,8 +286,8 @@ def checked(config, layout, rows, T, imbalance):
 
 
 def step_time(config, layout, recipe, rows, mfu):
-    """(micro-steps, seconds of computation, seconds on NVLink, seconds on the network) of an optimizer step; the links' bytes at full speed."""
-    world, T = math.prod(layout), recipe.seq_len
+    """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed."""
+    world, T = math.prod(layout.axes.values()), recipe.seq_len
     micro_steps = math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
     received = bytes_received(config, layout, rows * T // layout.cp)
     seconds = recipe.rows * T * model_flops(config, T) / (world * PEAK_FLOPS * mfu)
@@ -310,9 +312,12 @@ def advice(config, gpus, T, rows):
 def pipeline_table(config, layout, recipe, rows):
     """Bubble and memory of pipeline stages, by formula: 1F1B, and interleaved (VPP) with 2 chunks of layers a stage."""
     pp, micro_steps = layout.pp, math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
-    whole = formula(config, layout._replace(pp=1, dp=layout.dp), rows, recipe.seq_len)
+    whole = formula(config, layout._replace(pp=1), rows, recipe.seq_len)
     kept = rows * recipe.seq_len // layout.cp * 2 * config.dim * config.n_layers / pp  # block inputs of one micro-batch
     state = (whole["parameters"] + whole["gradients"] + whole["optimizer"]) / pp
+    # torch's stages gather weights (bf16) and sum gradients (fp32) once a step, not once a micro-step
+    sizes = Sizes(config, layout)
+    held = (2 + 4) * (config.n_layers / pp * (sizes.block + sizes.router + sizes.experts) + sizes.root / pp)
     print(f"\npipeline of {pp} stages, {micro_steps} micro-steps, by formula   bubble   kept activations of the stages, GB")
     for name, chunks in (("1F1B", 1), ("interleaved, 2 chunks", 2)):
         bubble = (pp - 1) / (chunks * micro_steps + pp - 1)
@@ -321,7 +326,10 @@ def pipeline_table(config, layout, recipe, rows):
         else:  # warm-up of Narayanan et al. 2021: 2 (pp - stage - 1) + (chunks - 1) pp chunks, and the one at work
             flying = [(2 * (pp - stage - 1) + (chunks - 1) * pp + 1) / chunks for stage in range(pp)]
         print(f"  {name:30} {100 * bubble:20.2f} %   {' '.join(f'{kept * min(n, micro_steps) / 1e9:.1f}' for n in flying)}")
-    print(f"  parameters, gradients and optimizer of a stage about {state / 1e9:.1f} GB")
+    total = state + held + pp * kept
+    print(f"  besides, a stage holds {state / 1e9:.1f} GB of shards and, until a step ends, {held / 1e9:.1f} GB of gathered weights and "
+          f"gradients:\n  1F1B needs at least {total / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB and "
+          + ("fits" if total <= (1 - LEFT_FREE) * GPU_MEMORY else "does not fit: take smaller stages, or leave pp at 1"))  # fmt: skip
 
 
 def report(args):
@@ -336,9 +344,11 @@ def report(args):
     layout = layout_of(text, args.gpus, config)
     ways = layout.dp * layout.ep
     print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
-    print(f"layout {', '.join(f'{axis}={size}' for axis, size in layout._asdict().items())}: {rows} rows of {T // layout.cp:,} tokens a GPU "
-          f"and micro-step\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
+    print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"
+          f"\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
           f"{args.imbalance:g} times an even share")  # fmt: skip
+    if config.mtp_depth:
+        print("multi-token prediction is counted in every step; where the stage leaves it out, all is a little less")
     if 0 < recipe.rows % (ways * rows) < ways:
         raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
     if layout.pp > 1:
@@ -349,10 +359,11 @@ def report(args):
     print(f"\npeak {peak / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB, {LEFT_FREE:.0%} of which stay free for CUDA, NCCL and fragmentation: "
           + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows)))  # fmt: skip
     micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu)
-    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; links at full speed are busy for {node:.1f} s "
-          f"(NVLink, {LINK / 1e9:.0f} GB/s) and {network:.1f} s (network, {NETWORK / 1e9:.0f} GB/s), beside it where they overlap")  # fmt: skip
-    slowest = max(compute, node, network)
-    print(f"model FLOPs a token {model_flops(config, T) / 1e9:.1f} G; {recipe.rows * T / slowest:,.0f} tokens/s, {T * recipe.rows / slowest / args.gpus:,.0f} a GPU")
+    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink "
+          f"({LINK / 1e9:.0f} GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s, "
+          f"beside it where they overlap")  # fmt: skip
+    speed = recipe.rows * T / max(compute, node, network)
+    print(f"model FLOPs a token {model_flops(config, T) / 1e9:.1f} G; {speed:,.0f} tokens/s, {speed / args.gpus:,.0f} a GPU")
     days = {name: r.schedule.steps * r.rows * r.seq_len * model_flops(config, r.seq_len) / (args.gpus * PEAK_FLOPS * args.mfu) / 86400
             for name, r in RECIPES[args.config].items()}  # fmt: skip
     tokens = {name: r.schedule.steps * r.rows * r.seq_len / 1e12 for name, r in RECIPES[args.config].items()}

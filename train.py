@@ -1,4 +1,4 @@
-"""Pre-training: `fit`, the one training loop, and the three stages general, anneal, long (v2 §2.3).
+"""Pre-training: `fit`, the one training loop, the three stages general, anneal, long (v2 §2.3) and v3's five.
 
 general learns from everything under a cosine; anneal warms up again, on the cleanest text; long stretches the
 context with a larger RoPE base (ABF) on a mix of short and long documents. The global batch is a
@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,73 +37,13 @@ from cli import InputError
 from compass import Compass, CompassConfig, OneRank, config_named
 from data import reader
 from data.shards import Shards, is_shards
+from recipes import RECIPES, lr_at
+from recipes import Schedule as Schedule  # sft, dpo and others take it from here
 from tokenizer import Tokenizer
 
 BETA1, WEIGHT_DECAY, CLIP = 0.9, 0.1, 1.0
 ONE_RANK = OneRank()
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
-
-
-class Schedule(NamedTuple):
-    """Learning rate in optimizer steps: linear warm-up to peak, cosine or a line to final. router: scale of alpha and beta.
-
-    beta2: AdamW's memory of squared gradients. The report's 0.95 belongs to its batches of 24M tokens; ours of 2k are noisier and
-    want 0.99 (README, "What the tuning of `tiny` showed").
-    """
-
-    steps: int
-    peak: float
-    final: float
-    warmup: int = 0
-    router: tuple = (1.0, 1.0)  # at the first and the last step, linear between
-    shape: str = "cosine"  # or "linear"
-    beta2: float = 0.95
-
-
-def lr_at(step, schedule):
-    """Learning rate of optimizer step `step` (0-based)."""
-    if step < schedule.warmup:
-        return schedule.peak * (step + 1) / schedule.warmup
-    progress = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))
-    left = 1 - progress if schedule.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return schedule.final + (schedule.peak - schedule.final) * left
-
-
-class Recipe(NamedTuple):
-    """One stage: rows of seq_len tokens per step (micro_rows at a time on a rank), schedule, RoPE base; recompute: activations of
-    blocks are made again in the backward pass."""
-
-    seq_len: int
-    rows: int
-    micro_rows: int
-    schedule: Schedule
-    rope_base: float = 10_000.0
-    recompute: bool = False
-
-
-def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95):
-    """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows."""
-    general, anneal, long = steps
-    schedules = (
-        Schedule(general, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2),
-        Schedule(anneal, peak / 2, peak / 10, warmup[1], (0.1, 0.1), beta2=beta2),
-        Schedule(long, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2),
-    )
-    return {
-        "general": Recipe(context, rows, micro_rows, schedules[0]),
-        "anneal": Recipe(context, rows * 3 // 2, micro_rows, schedules[1]),
-        "long": Recipe(long_context, long_rows, min(micro_rows, long_rows), schedules[2], 1e6),
-    }
-
-
-RECIPES = {
-    "tiny": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "tiny_v3": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "small": _recipes(4096, 32768, 256, 4, (20_000, 6000, 400), (600, 200), 6e-4, 24),
-    # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
-    "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
-    "v3_245b": _recipes(8192, 131_072, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
-}
 
 
 def assemble(rows, length):
@@ -241,16 +180,11 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     if total <= 0:
         raise InputError("a batch has no supervised token (every target has weight 0)")
     weights = [max(weight, 1e-9) for weight in weights]  # a rank without targets still balances its experts
-    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
     optimizer.zero_grad(set_to_none=True)
-    for batch, weight in zip(micro_batches, weights, strict=True):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            micro_loss, micro_metrics = loss_fn(model, batch)
-        (micro_loss * (weight / total)).backward()
-        loss += micro_loss.detach() * (weight / total)
-        for name, value in micro_metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
+    if ranks.several and ranks.layout.pp > 1:
+        loss, metrics = model.accumulate(micro_batches, total, device)
+    else:
+        loss, metrics = _accumulate(model, micro_batches, [weight / total for weight in weights], loss_fn, device)
     loss = ranks.sum(loss).item()
     metrics = {name: ranks.sum(value) for name, value in metrics.items()}
     norm = ranks.clip(model.parameters(), CLIP).item()
@@ -260,6 +194,20 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
             group["lr"] = lr
         optimizer.step()
     return loss, norm, finite, {name: value.tolist() for name, value in metrics.items()}
+
+
+def _accumulate(model, micro_batches, shares, loss_fn, device):
+    """Forward and backward of the micro-batches, each weighed by its share: (loss, {metric: tensor})."""
+    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
+    for batch, share in zip(micro_batches, shares, strict=True):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            micro_loss, micro_metrics = loss_fn(model, batch)
+        (micro_loss * share).backward()
+        loss += micro_loss.detach() * share
+        for name, value in micro_metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value.detach() * share
+    return loss, metrics
 
 
 def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200, watch=None):
@@ -273,9 +221,9 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     """
     ranks, device, optimizer, start = ranks_of(model), next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
     if ranks.several:
-        import parallel  # a second of imports that a single process need not wait
+        import resharding  # a second of imports that a single process need not wait
     if resume and checkpoints(run, stage) and ranks.several:
-        start = parallel.restore_latest(run, stage, model, optimizer)["step"]
+        start = resharding.restore_latest(run, stage, model, optimizer)["step"]
         print(f"{stage}: resumed at step {start}")
     elif resume and checkpoints(run, stage):
         state = load_latest(run, stage, device)
@@ -290,7 +238,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
 
     def save(step):
         path = os.path.join(run, stage, f"step_{step}.pt")
-        write = parallel.save_shards if ranks.several else save_checkpoint
+        write = resharding.save_shards if ranks.several else save_checkpoint
         write(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
         if ranks.writes:
             prune(run, stage)
@@ -303,6 +251,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     with _Stop() as stop, open(log_path, "a", encoding="utf-8") as log, bar:
         for step in bar:
             began = time.perf_counter()
+            model.mtp_scale = float(schedule.mtp_every > 0 and step % max(1, schedule.mtp_every) == 0)
             model.router_scale = np.interp(step, (0, max(1, schedule.steps - 1)), schedule.router).item()
             micro_batches, lr = batches(step), lr_at(step, schedule)
             mine = [ranks.take(batch) for batch in micro_batches]
@@ -361,31 +310,57 @@ def stage_schedule(stage, args, schedule):
     return schedule
 
 
+def empty_part(config, ranks, device, recompute):
+    """This rank's part of a model, without weights: pipeline stages, or all layers."""
+    from parallel import build
+    from pipeline import build_pipeline
+
+    return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recompute)
+
+
+def micro_rows(recipe, ranks):
+    """Rows of a micro-batch over all ranks; a pipeline needs at least as many micro-batches as it has stages."""
+    if not ranks.several or ranks.layout.pp == 1:
+        return recipe.micro_rows * ranks.count
+    return min(recipe.micro_rows, max(1, recipe.rows // (ranks.count * ranks.layout.pp))) * ranks.count
+
+
 def first_model(config, ranks, device, args, recipe):
     """A new model: of this process, or this rank's part of it."""
     if ranks is None:
         with device:
             return Compass(config)
-    import parallel
+    from parallel import initialise
 
-    return parallel.initialise(parallel.build(config, ranks, device, recipe.recompute), args.seed)
+    return initialise(empty_part(config, ranks, device, recipe.recompute), args.seed)
 
 
-def model_from(state, stage, ranks, device, args, recipe):
-    """The model that a stage left behind, with the context and RoPE base of the next."""
-    changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+def processes(args, config_of):
+    """(device, parallel.Ranks), or (device, None) for a process that torchrun did not start. config_of() is the model's config."""
+    if args.parallel or "WORLD_SIZE" in os.environ:
+        from parallel import start
+
+        return start(args.parallel, config_of(), args.device)
+    return cli.pick_device(args.device), None
+
+
+def model_from(state, run, ranks, device, recompute=False, **changes):
+    """The model that a stage left behind, from its `state`; some fields of the config may be changed."""
     if ranks is None:
         return load_model(state, device, **changes)
-    import parallel
+    import resharding
 
-    model = parallel.build(CompassConfig(**{**state["config"], **changes}), ranks, device, recipe.recompute)
-    parallel.restore_latest(args.run, stage, model)
+    model = empty_part(CompassConfig(**{**state["config"], **changes}), ranks, device, recompute)
+    resharding.restore_latest(run, state["stage"], model)
     return model
 
 
 def run_stage(stage, args, device, tokenizer, ranks=None):
-    """Train one of general, anneal, long, starting from the stage before it."""
-    before = {"general": None, "anneal": "general", "long": "anneal"}[stage]
+    """Train one stage of the config's recipe, starting from the stage before it."""
+    stages = list(RECIPES[args.config])
+    if stage not in stages:
+        raise InputError(f"--stage {stage} is not one of {', '.join(stages)} of --config {args.config}")
+    before = stages[stages.index(stage) - 1] if stage != stages[0] else None
     if before is None:
         config = dataclasses.replace(config_named(args.config))
         recipe = RECIPES[args.config][stage]
@@ -402,7 +377,8 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     if before is None:
         model = first_model(config, ranks, device, args, recipe)
     else:
-        model = model_from(state, before, ranks, device, args, recipe)
+        changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+        model = model_from(state, args.run, ranks, device, recipe.recompute, **changes)
     if is_shards(args.data):
         tokenised = Shards(args.data, tokenizer)
     else:
@@ -413,27 +389,23 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
     fit(
-        model, rows.batches(recipe.rows, recipe.micro_rows * ranks_of(model).count), language_model_loss, schedule,
+        model, rows.batches(recipe.rows, micro_rows(recipe, ranks_of(model))), language_model_loss, schedule,
         run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
     )  # fmt: skip
 
 
 def main():
     args = cli.parse(
-        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed",
-        stage=dict(default="all", choices=("all", "general", "anneal", "long")),
-        parallel=dict(help="layout of the processes that torchrun started, as in ep=2,cp=2 (pp, dp, cp, ep, tp; dp takes the rest)"),
+        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed", "parallel",
+        stage=dict(default="all", help="a stage of the config's recipe: general, anneal, long; v3 has its own six (default: all)"),
     )  # fmt: skip
-    config, ranks = config_named(args.config), None
-    if args.parallel or "WORLD_SIZE" in os.environ:
-        import parallel
-
-        device, ranks = parallel.start(args.parallel, config, args.device)
-    else:
-        device = cli.pick_device(args.device)
+    config = config_named(args.config)
+    device, ranks = processes(args, lambda: config)
     tokenizer = Tokenizer.load(args.run)
-    for stage in ("general", "anneal", "long") if args.stage == "all" else (args.stage,):
+    for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
         run_stage(stage, args, device, tokenizer, ranks)
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
