@@ -106,7 +106,7 @@ class Request:
     done: bool = False
     error: str | None = None
     next: list = field(default_factory=list)  # the token the next step runs, and the drafts after it; -1 is no draft
-    shares: bool = False  # its prompt is a prefix, not in its own row
+    prefix: KVCache | None = None  # where its prompt is, if not in its own row
 
     def __post_init__(self):
         key = f"{self.sampling.seed}-{zlib.crc32(str(list(self.prompt)).encode())}-{self.sample}".encode()
@@ -193,7 +193,10 @@ class Engine:
     def _leave(self, request):
         """Free what a request that is done holds."""
         request.read(self.tokenizer, final=True)
-        self.live = [None if other is request else other for other in self.live]
+        if request in self.live:
+            row = self.live.index(request)
+            self.live[row], self.cache.first_B[row] = None, 0
+        request.prefix = None
         self.users[request.prompt] -= 1
         if not self.users[request.prompt]:
             del self.users[request.prompt]
@@ -281,8 +284,8 @@ class Engine:
                 else:
                     self.cache.write(rows[prompt][0], filled, filled_row, len(prompt) - 1)
         for row, request in entering:
-            request.shares = request.prompt in self.prefixes
-            self.cache.first_B[row] = len(request.prompt) - 1 if request.shares else 0
+            request.prefix = self.prefixes.get(request.prompt)
+            self.cache.first_B[row] = len(request.prompt) - 1 if request.prefix else 0
 
     def _prefill_batch(self, prompts, width):
         padded = [list(prompt) + [0] * (width + 1 - len(prompt)) for prompt in prompts]
@@ -297,10 +300,10 @@ class Engine:
         """[(prefix, its rows)] for the cache."""
         rows = {}
         for row, request in enumerate(self.live):
-            if request and request.shares:
-                rows.setdefault(request.prompt, []).append(row)
+            if request and request.prefix:
+                rows.setdefault(request.prefix, []).append(row)
         whole = slice(None)
-        return [(self.prefixes[p], whole if len(r) == len(self.live) else torch.tensor(r, device=self.device)) for p, r in rows.items()]
+        return [(prefix, whole if len(r) == len(self.live) else torch.tensor(r, device=self.device)) for prefix, r in rows.items()]
 
     def _take(self, tokens, logits_BTV):
         """Draw the token at every place; a row goes on to its next place while its draft was right. Returns each row's new tokens."""
