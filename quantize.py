@@ -189,10 +189,12 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     calibration: token batches (B, T), int64, without padding; the model runs on them in full precision, layer by layer. method: "awq",
     "rtn" (int4, no search), "fp8" (W8A8, smoothed) or "fp8-naive" (no smoothing). A report entry: layer, matrix, expert (None: attention),
     tokens seen, rows calibrated on, alpha, relative output errors before (rounding alone) and after the search. Raises InputError
-    on an unknown method, no batches, or a token outside the vocabulary.
+    on an unknown method, a group below 1, no batches, or a token outside the vocabulary.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    if group < 1:
+        raise InputError(f"groups of {group} inputs: must be at least 1")
     if not calibration:
         raise InputError("no calibration batches: the quantizer must see some tokens")
     for i, tokens_BT in enumerate(calibration):

@@ -322,6 +322,8 @@ def test_bad_input_is_named():
         quantize_fp8(torch.full((2, 64), float("inf")))
     with pytest.raises(ValueError, match="'gptq' is not one of awq"):
         quantize_model(model(), batches(0), "gptq")
+    with pytest.raises(ValueError, match="groups of 0 inputs"):
+        quantize_model(model(), batches(0), "awq", group=0)
     with pytest.raises(ValueError, match="no calibration batches"):
         quantize_model(model(), [])
     with pytest.raises(ValueError, match="calibration batch 1: need .* 0..511"):
