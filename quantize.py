@@ -44,8 +44,8 @@ METHODS = ("awq", "rtn", "fp8", "fp8-naive")
 GROUP = 128  # inputs that share a scale and a zero; AWQ's usual choice (the report gives none). Narrower layers: what divides them
 ALPHAS = [i / 20 for i in range(20)]
 CLIPS = [1 - i / 20 for i in range(11)]  # shares of a group's range, down to a half
-MINIMUM, ROWS = 256, 512  # tokens that every expert must have seen; rows at most that a search looks at
-FIRST, POOL = 64, 512  # batches that calibrate in any case, and among how many `oversample` may choose
+MINIMUM, ROWS = 512, 2048  # tokens that every expert should have seen; rows at most that a search looks at (with 512 it overfits)
+FIRST, POOL = 128, 512  # batches that calibrate in any case, and among how many `oversample` may choose
 
 
 class Found(NamedTuple):
@@ -189,10 +189,12 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     calibration: token batches (B, T), int64, without padding; the model runs on them in full precision, layer by layer. method: "awq",
     "rtn" (int4, no search), "fp8" (W8A8, smoothed) or "fp8-naive" (no smoothing). A report entry: layer, matrix, expert (None: attention),
     tokens seen, rows calibrated on, alpha, relative output errors before (rounding alone) and after the search. Raises InputError
-    on an unknown method, no batches, or a token outside the vocabulary.
+    on an unknown method, a group below 1, no batches, or a token outside the vocabulary.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    if group < 1:
+        raise InputError(f"groups of {group} inputs: must be at least 1")
     if not calibration:
         raise InputError("no calibration batches: the quantizer must see some tokens")
     for i, tokens_BT in enumerate(calibration):
@@ -233,13 +235,16 @@ def oversample(model, pool, first=FIRST, minimum=MINIMUM):
 
 
 def calibration_pool(tokenizer, data, context, seed, n=POOL):
-    """n batches (1, T): training conversations and documents in turn, all languages; with a folder `data`, its documents alone."""
+    """n batches (1, T): documents and training conversations (thoughts included) in turn; with a folder `data`, its documents alone."""
     documents = [d["text"] for d in itertools.islice(reader.documents(data, "general", seed), n)]
     ids = [tokenizer.encode(text) for text in documents]
     if data is None:
         tasks = training(seed, -(-n // 16))
         random.Random(seed).shuffle(tasks)
-        chats = [tokenizer.encode_chat([*t["messages"], {"role": "assistant", "content": t["answer"]}])[0] for t in tasks[: n // 2]]
+        chats = []
+        for task in tasks[: n // 2]:
+            answer = {"role": "assistant", "content": task["answer"], "think": task.get("think")}
+            chats.append(tokenizer.encode_chat([*task["messages"], answer], thinking="think" in task)[0])
         ids = [sample for pair in zip(ids[: n // 2], chats, strict=False) for sample in pair]
     return [torch.tensor([sample[:context]]) for sample in ids if len(sample) > 1]
 

@@ -37,8 +37,8 @@ from data import market
 from data.tasks import fingerprint, tasks, training
 from evaluate import accuracy, answer_tasks
 from generate import GREEDY, generate
-from lowbit import Int4Linear, load_quantized, matrices, pack
-from quantize import calibration_pool, oversample, quantize_model
+from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack, with_quantized
+from quantize import GROUP, calibration_pool, oversample, quantize_model
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 
@@ -132,14 +132,19 @@ def quality(model, tokenizer, dtype):
 
 
 def large_models():
-    """{arm: random model}, int4 and FP8 packed and with the input scales that a search would have left."""
+    """{arm: random model}: FP32; int4 and FP8 numbers drawn directly, packed, with the input scales that a search leaves."""
     torch.manual_seed(0)
     models = {"FP32": Compass(LARGE).eval()}
-    for name, method in (("int4 (AWQ, RTN)", "rtn"), ("FP8", "fp8-naive")):
-        models[name] = quantize_model(models["FP32"], [torch.randint(LARGE.vocab_size, (1, 64))], method)
-        for matrix, (E, _, D) in matrices(LARGE).items():
-            if not matrix.endswith("down"):
-                models[name].get_submodule(matrix).input_scale = torch.ones(E, D, dtype=torch.bfloat16)
+    sizes, weights = matrices(LARGE), {"int4 (AWQ, RTN)": {}, "FP8": {}}
+    for name, (E, F, D) in sizes.items():
+        c, scale = None if name.endswith("down") else torch.ones(E, D, dtype=torch.bfloat16), D**-0.5 / 4.6
+        stored = torch.randint(256, (E, F, D // 2), dtype=torch.uint8), torch.full((E, F, D // GROUP), scale, dtype=torch.bfloat16)
+        weights["int4 (AWQ, RTN)"][name] = Int4Linear(*stored, torch.full((E, F, D // GROUP), 8, dtype=torch.uint8), c)
+        weights["FP8"][name] = FP8Linear(torch.randn(E, F, D).to(torch.float8_e4m3fn), torch.full((E, F), D**-0.5), c)
+    kept = {name: p for name, p in models["FP32"].named_parameters() if not name.startswith(tuple(sizes))}
+    kept = {name: p.detach() for name, p in kept.items() if not name.endswith(("ED2F", "EFD"))}
+    for name, modules in weights.items():
+        models[name] = with_quantized(LARGE, modules, kept)
         pack(models[name])
     return models
 

@@ -16,7 +16,7 @@ from checkpoint import load_checkpoint, load_model, save_checkpoint
 from compass import CONFIGS, Compass
 from kernels import fp8_matmul, int4_matmul, unpack_int4
 from lowbit import FP8Linear, Int4Linear, is_quantized, load_quantized, matrices, pack
-from quantize import METHODS, dequantize_fp8, dequantize_int4, oversample, quantize_fp8, quantize_int4, quantize_model
+from quantize import METHODS, dequantize_fp8, dequantize_int4, input_scales, oversample, quantize_fp8, quantize_int4, quantize_model
 from tests.test_kernels import INT4, compiled, interpreted, no_spills
 
 
@@ -202,6 +202,15 @@ def test_search_is_never_worse(method):
         assert {name: errors[name] for name in reported} == pytest.approx(reported, rel=1e-3)
 
 
+def test_input_scales_by_hand():
+    x, weight = torch.tensor([[1.0, -16.0], [-1.0, 16.0]]), torch.tensor([[4.0, 1.0], [0.5, 1.0]])
+    scales = {(method, alpha): c.tolist() for method in ("awq", "fp8") for alpha, c in input_scales(weight, x, method)}
+    assert scales["awq", 0.0] == scales["fp8", 0.0] == [1.0, 1.0]
+    assert scales["awq", 0.5] == [2.0, 0.5]  # (mean |x|)^-1/2 is (1, 1/4), centred to a product of one
+    assert scales["fp8", 0.5] == pytest.approx([8**0.5, 8**-0.5], rel=4e-3)  # sqrt(max |W| / max |x|) is (2, 1/4); stored in bf16
+    assert len(scales) == 40 and len(input_scales(weight, x, "rtn")) == len(input_scales(weight, x, "fp8-naive")) == 1
+
+
 class Exact(nn.Module):
     """In place of Int4Linear: the very weights, E of them, with input scales."""
 
@@ -322,6 +331,8 @@ def test_bad_input_is_named():
         quantize_fp8(torch.full((2, 64), float("inf")))
     with pytest.raises(ValueError, match="'gptq' is not one of awq"):
         quantize_model(model(), batches(0), "gptq")
+    with pytest.raises(ValueError, match="groups of 0 inputs"):
+        quantize_model(model(), batches(0), "awq", group=0)
     with pytest.raises(ValueError, match="no calibration batches"):
         quantize_model(model(), [])
     with pytest.raises(ValueError, match="calibration batch 1: need .* 0..511"):
