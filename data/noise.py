@@ -20,13 +20,16 @@ FAULTS = (
 
 
 def _clean(lang, rng):
-    """A clean document of some length: a shop's catalogue, questions with answers, reviews, or code."""
+    """A clean document of some length: a shop's catalogue, questions with answers, chats, or code."""
     kind = rng.choice(("shop", "faq", "chat", "code"))
     if kind == "shop":
         return {"text": market.shop_document(lang, rng, "train", rng.randint(3, 6)), "kind": "prose"}
     if kind == "code":
         return {"text": "\n\n".join(market.code_document(rng) for _ in range(3)), "kind": "code"}
-    return {"text": "\n".join(market.document(lang, rng, "train", kind) for _ in range(3)), "kind": "prose"}
+    if kind == "faq":
+        return {"text": "\n".join(market.document(lang, rng, "train", kind) for _ in range(3)), "kind": "prose"}
+    chats = rng.sample(market.lexicon(lang)["chats"], 3)  # three of a kind would repeat whole lines, as spam does
+    return {"text": "\n".join(chat.format(**market.draw_product(rng, "train").words(lang)) for chat in chats), "kind": "prose"}
 
 
 def _prose(lang, rng):

@@ -121,7 +121,7 @@ def damage(text, rng):
     if kind == 3:
         return "\n".join(" ".join(words[i : i + 2]) for i in range(0, 40, 2))
     if kind == 4:
-        return " ".join(words[: rng.randint(1, 4)])
+        return text[: rng.randint(2, 30)]
     if kind == 5:
         return " ".join(f"{word} https://{rng.randrange(10**6)}.example/{rng.randrange(10**6)}" for word in words[:40])
     return text.encode().decode("latin-1")

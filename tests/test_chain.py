@@ -248,7 +248,7 @@ def test_boilerplate_lines_are_cut_not_documents():
 
 
 def test_quality_tells_clean_from_spoilt_prose():
-    made = list(noise.documents(7, per_language=60))
+    made = list(noise.documents(7, per_language=250))
     clean = np.array([quality.quality(d["text"]) for d in made if d["fault"] is None and d["kind"] == "prose"])
     spoilt = np.array([quality.quality(d["text"]) for d in made if d["fault"] in ("spam", "symbols", "too short", "broken encoding")])
     assert (clean[:, None] > spoilt).mean() > 0.97 and np.median(spoilt) < 0.2 < 0.5 < np.median(clean)
