@@ -9,6 +9,7 @@ a target does not count), doc_ids (-1 is padding), positions (restart in each do
 
     python train.py                                                  # laptop: all stages of `tiny`
     python train.py --config small --data /corpus --run runs/small   # GPU: the same stages, bigger numbers
+    torchrun --nproc-per-node 8 -- train.py --config small --data shards --run runs/small --parallel ep=8   # a node: see parallel.py
 """
 
 import dataclasses
