@@ -258,8 +258,8 @@ def test_a_moved_row_and_a_poisoned_row(micro_model, micro_tokenizer):
 def test_a_row_that_stands_empty_stays_finite(micro_model, micro_tokenizer):
     """Its prompt was a shared prefix, so its own slot 0 was a late position; idle until two rows are free, it must not spoil the next."""
     engine = Engine(micro_model, micro_tokenizer, rows=16)
-    sharing = [engine.submit([6] * 20, HOT, sample) for sample in range(2)]
-    others = [engine.submit([7 + i, 8], dataclasses.replace(HOT, max_tokens=4 + 2 * (i > 0))) for i in range(20)]
+    sharing = [engine.submit([6] * 40, HOT, sample) for sample in range(2)]
+    others = [engine.submit([7 + i] * (30 if i < 14 else 2), dataclasses.replace(HOT, max_tokens=4 + 2 * (i > 0))) for i in range(20)]
     engine.step()
     engine.cancel(sharing[0])
     engine.step()

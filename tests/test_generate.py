@@ -142,10 +142,11 @@ def test_chat(micro_model, micro_tokenizer, monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr("generate.stream", fake_stream)
+    micro_model.config.max_seq_len = 160
     chat(micro_model, micro_tokenizer, GREEDY, thinking=False)
     said = capsys.readouterr().out
-    assert "  (thinks) a\n b\n  because\n" in said and "thinking is on" in said and "\033" not in said and "/nonsense is no command" in said
-    assert said.count(" because [stopped]\n") == 1 and said.count("Ctrl-C") == 2
+    assert "  (thinks) a\n  b\n  because\n" in said and "thinking is on" in said and "/nonsense is no command" in said
+    assert said.count(" because [stopped]\n") == 1 and said.count("Ctrl-C") == 2 and "\033" not in said
     assert "why?" in asked[1] and "because" in asked[1] and "why?" not in asked[2] and "a\nb" not in asked[1]
-    assert "no longer fit the context of 64 tokens" in said and all(text.endswith("<|assistant|>") for text in asked)
-    assert shown("<think> x</think> y", colours=True) == "\033[2m(thinks) x\033[0m\n  y"
+    assert "no longer fit the context of 160 tokens" in said and all(text.endswith("<|assistant|>") for text in asked)
+    assert shown("<think> x</think> y", colours=True) == "\033[2m (thinks) x\033[0m\n  y"
