@@ -266,3 +266,11 @@ def test_a_row_that_stands_empty_stays_finite(micro_model, micro_tokenizer):
     assert engine.live[0] is None and engine.waiting
     engine.run()
     assert not any(request.error for request in (*sharing, *others)) and all(len(request.ids) for request in others)
+
+
+def test_each_place_has_its_own_random_number(micro_model, micro_tokenizer):
+    """With all tokens equally likely an answer follows its random numbers alone, and they differ by place and by sample."""
+    micro_model.norm = micro_model.head = torch.nn.Identity()
+    micro_model.hidden = lambda tokens_BT, **_: (torch.zeros(*tokens_BT.shape, 512), None, None, None)
+    first, second = generate(micro_model, micro_tokenizer, [[5]], HOT, n=2)
+    assert len(set(first.ids)) > 0.8 * len(first.ids) > 5 and first.ids[0] != second.ids[0]
