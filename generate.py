@@ -121,7 +121,7 @@ HELP = """  /think  switch thoughts on or off      /new    start anew (an empty 
 def shown(piece, colours):
     """A piece of an answer as the terminal shows it: thoughts dimmed, or merely announced where there are no colours."""
     dim, plain = ("\033[2m", "\033[0m") if colours else ("", "")
-    return piece.replace("<think>", f"{dim}(thinks)").replace("</think>", f"{plain}\n ").replace("\n", "\n ")
+    return piece.replace("\n", "\n  ").replace("<think>", f"{dim} (thinks)").replace("</think>", f"{plain}\n ")
 
 
 def reply(model, tokenizer, messages, thinking, sampling):

@@ -258,11 +258,19 @@ def test_a_moved_row_and_a_poisoned_row(micro_model, micro_tokenizer):
 def test_a_row_that_stands_empty_stays_finite(micro_model, micro_tokenizer):
     """Its prompt was a shared prefix, so its own slot 0 was a late position; idle until two rows are free, it must not spoil the next."""
     engine = Engine(micro_model, micro_tokenizer, rows=16)
-    sharing = [engine.submit([6] * 20, HOT, sample) for sample in range(2)]
-    others = [engine.submit([7 + i, 8], dataclasses.replace(HOT, max_tokens=4 + 2 * (i > 0))) for i in range(20)]
+    sharing = [engine.submit([6] * 40, HOT, sample) for sample in range(2)]
+    others = [engine.submit([7 + i] * (30 if i < 14 else 2), dataclasses.replace(HOT, max_tokens=4 + 2 * (i > 0))) for i in range(20)]
     engine.step()
     engine.cancel(sharing[0])
     engine.step()
     assert engine.live[0] is None and engine.waiting
     engine.run()
     assert not any(request.error for request in (*sharing, *others)) and all(len(request.ids) for request in others)
+
+
+def test_each_place_has_its_own_random_number(micro_model, micro_tokenizer):
+    """With all tokens equally likely an answer follows its random numbers alone, and they differ by place and by sample."""
+    micro_model.norm = micro_model.head = torch.nn.Identity()
+    micro_model.hidden = lambda tokens_BT, **_: (torch.zeros(*tokens_BT.shape, 512), None, None, None)
+    first, second = generate(micro_model, micro_tokenizer, [[5]], HOT, n=2)
+    assert len(set(first.ids)) > 0.8 * len(first.ids) > 5 and first.ids[0] != second.ids[0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from generate import GREEDY, KVCache, Sampling, filtered_probs, generate, split_thought
+from generate import GREEDY, KVCache, Sampling, chat, filtered_probs, generate, shown, split_thought
 
 PROMPTS = [[5, 9, 300], [17] * 11, [300, 2], [44, 45, 46, 47, 48, 49]]
 
@@ -120,3 +120,33 @@ def test_split_thought():
     assert split_thought("<think> 2 + 2 = 4.</think> 4") == ("2 + 2 = 4.", "4")
     assert split_thought(" red ") == ("", "red")
     assert split_thought("<think> 2 + 2 = 4, 4") == ("2 + 2 = 4, 4", "")  # cut short: no answer
+
+
+def test_chat(micro_model, micro_tokenizer, monkeypatch, capsys):
+    """Commands, a thought, Ctrl-C that ends an answer and not the chat, and a talk that outgrows its context."""
+    lines, asked = iter(["/help", "/think", "why?", "/nonsense", "go on", "/new", "again", *["more"] * 9]), []
+
+    def typed(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def fake_stream(model, tokenizer, ids, sampling):
+        asked.append(tokenizer.decode(ids))
+        yield "<think>"
+        yield " a\nb</think>"
+        yield " because"
+        if "go on" in asked[-1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("generate.stream", fake_stream)
+    micro_model.config.max_seq_len = 160
+    chat(micro_model, micro_tokenizer, GREEDY, thinking=False)
+    said = capsys.readouterr().out
+    assert "  (thinks) a\n  b\n  because\n" in said and "thinking is on" in said and "/nonsense is no command" in said
+    assert said.count(" because [stopped]\n") == 1 and said.count("Ctrl-C") == 2 and "\033" not in said
+    assert "why?" in asked[1] and "because" in asked[1] and "why?" not in asked[2] and "a\nb" not in asked[1]
+    assert "no longer fit the context of 160 tokens" in said and all(text.endswith("<|assistant|>") for text in asked)
+    assert shown("<think> x</think> y", colours=True) == "\033[2m (thinks) x\033[0m\n  y"
