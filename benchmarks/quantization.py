@@ -43,7 +43,10 @@ from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 
 SEEDS, PER_TASK = 3, 2
-ARMS = {"RTN int4": "rtn", "AWQ int4": "awq", "FP8, naive": "fp8-naive", "FP8, expert-aware": "fp8"}
+ARMS = {  # method, inputs that share a scale; `tiny` is so narrow that 128 are a whole row
+    "RTN int4": ("rtn", GROUP), "AWQ int4": ("awq", GROUP), "RTN int4, groups of 32": ("rtn", 32), "AWQ int4, groups of 32": ("awq", 32),
+    "FP8, naive": ("fp8-naive", GROUP), "FP8, expert-aware": ("fp8", GROUP),
+}  # fmt: skip
 SEARCHED = ("awq", "fp8")  # the others do not depend on calibration
 LARGE = dataclasses.replace(
     CONFIGS["small"], n_layers=12, n_heads=16, n_kv_heads=4, n_experts=16, expert_dim=384, vocab_size=8192, max_seq_len=1024
@@ -115,11 +118,11 @@ def quality(model, tokenizer, dtype):
     exact = answer_logprobs(model, samples)
     full = measure(model, exact, tokenizer, test, samples)
     results = {"FP32": {"disk": on_disk(model, dtype), "memory": held(model), "runs": [full]}}
-    for name, method in ARMS.items():
+    for name, (method, group) in ARMS.items():
         runs = []
         for seed in range(SEEDS if method in SEARCHED else 1):
             pool = calibration_pool(tokenizer, None, context, seed)
-            quantized = quantize_model(model, [pool[i] for i in oversample(model, pool)], method, seed=seed)
+            quantized = quantize_model(model, [pool[i] for i in oversample(model, pool)], method, group, seed)
             error = statistics.mean(entry["after"] for entry in quantized.report)
             disk, packed = on_disk(quantized, dtype), reloaded(quantized)
             runs.append({**measure(packed, exact, tokenizer, test, samples, full["answers"]), "layer error": error})
