@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 
 import torch
 
@@ -26,10 +27,13 @@ from compass import Compass, CompassConfig
 
 # in training order; the command that makes each stage
 STAGES = {
-    "general": "python train.py", "anneal": "python train.py --stage anneal", "long": "python train.py --stage long",
+    "general": "python train.py", "anneal": "python train.py --stage anneal", "market": "python train.py --stage market",
+    "reasoning": "python train.py --stage reasoning", "extend": "python train.py --stage extend",
+    "long": "python train.py --stage long", "mtp": "python train.py --stage mtp",
     "sft1": "python sft.py", "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
+MANIFEST, MOMENTS = "manifest.json", ("exp_avg", "exp_avg_sq")  # of a checkpoint that is a folder of shards
 LOGGED = 100  # an exported log keeps one step in so many
 
 
@@ -64,13 +68,16 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, stage="", tokenizer_
     write_atomically(path, payload + hashlib.sha256(payload).digest())
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", weights=True):
     """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, stage, tokenizer_hash, seed.
 
-    Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
+    A folder of shards, which many ranks wrote (resharding.save_shards), is put together to the same dict; without `weights` only what
+    is small is read of it. Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
     """
     if not os.path.exists(path):
         raise InputError(f"{path} not found")
+    if os.path.isdir(path):
+        return load_shards(path, device) if weights else read_manifest(path)
     with open(path, "rb") as file:
         content = file.read()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
@@ -78,8 +85,59 @@ def load_checkpoint(path, device="cpu"):
     return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
 
 
+def read_manifest(path):
+    """What is small of a folder of shards: config, step, stage, tokenizer_hash, seed, optimizer's settings, checksums of the files."""
+    try:
+        with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        raise InputError(f"{path} is torn or foreign: its {MANIFEST} is missing or unreadable") from None
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_shards(path, files):
+    """Compare files of a checkpoint folder with the manifest's checksums."""
+    for name, expected in files:
+        try:
+            found = file_sha256(os.path.join(path, name))
+        except FileNotFoundError:
+            found = None
+        if found != expected:
+            raise InputError(f"{path} is torn or foreign: the checksum of {name} does not match its content")
+
+
+def load_shards(path, device):
+    """The whole of a folder of shards, in this process, as `load_checkpoint` returns it."""
+    from torch.distributed import checkpoint as dcp  # a second that who has no shards need not wait
+
+    state = read_manifest(path)
+    verify_shards(path, state["files"].items())
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in stored.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+    names = state["names"]
+    model = {name: tensors[f"model.{name}"] for name in names}
+    matrices, vectors = ([name for name in names if (model[name].dim() >= 2) == decayed] for decayed in (True, False))
+    moments = {
+        i: {"step": torch.tensor(state["optimizer_steps"][name]), **{kind: tensors[f"{kind}.{name}"] for kind in MOMENTS}}
+        for i, name in enumerate(matrices + vectors)
+    }
+    places = list(range(len(matrices))), list(range(len(matrices), len(names)))
+    groups = [{**settings, "params": params} for settings, params in zip(state["settings"], places, strict=True)]
+    return {**state, "model": model, "optimizer": {"state": moments, "param_groups": groups}}
+
+
 def checksum(path):
     """The checksum a checkpoint ends with, as text: equal for equal weights and training state."""
+    if os.path.isdir(path):
+        return hashlib.sha256(json.dumps(read_manifest(path), sort_keys=True).encode()).hexdigest()
     with open(path, "rb") as file:
         file.seek(-32, os.SEEK_END)
         return file.read().hex()
@@ -92,12 +150,12 @@ def checkpoints(run, stage):
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def load_latest(run, stage, device="cpu"):
+def load_latest(run, stage, device="cpu", weights=True):
     """The newest intact checkpoint of a stage; torn ones are named and passed over."""
     paths = checkpoints(run, stage)
     for path in paths:
         try:
-            return load_checkpoint(path, device)
+            return load_checkpoint(path, device, weights)
         except InputError as error:
             print(f"{error}; trying the one before it")
     problem = "holds no intact checkpoint" if paths else "not found"
@@ -113,7 +171,12 @@ def latest_stage(run, among=STAGES):
 
 
 def load_model(state, device="cpu", **changes):
-    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly."""
+    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly.
+
+    Raises InputError where the weights are quantized: those only answer (generate.py, evaluate.py).
+    """
+    if any(name.endswith((".qweight", ".weight_fp8")) for name in state["model"]):
+        raise InputError(f"this checkpoint of {state['stage']} is quantized and can only answer: train on in the run it was made from")
     model = Compass(CompassConfig(**{**state["config"], **changes}))
     model.load_state_dict(state["model"])
     return model.to(device)
@@ -136,7 +199,7 @@ def inherit(state, tokenizer):
 def prune(run, stage):
     """Delete all but the newest KEEP checkpoints of a stage."""
     for path in checkpoints(run, stage)[KEEP:]:
-        os.remove(path)
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 def read_metrics(run):
@@ -190,7 +253,8 @@ def main():
         for path in checkpoints(args.run, stage):
             state = load_checkpoint(path)
             parameters = sum(t.numel() for t in state["model"].values())
-            print(f"{path}: intact, {parameters / 1e6:.2f}M parameters, seed {state['seed']}, {os.path.getsize(path) / 1e6:.1f} MB")
+            size = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(path), "**"), include_hidden=True) or [path]))
+            print(f"{path}: intact, {parameters / 1e6:.2f}M parameters, seed {state['seed']}, {size / 1e6:.1f} MB")
     print(f"newest stage: {latest_stage(args.run)}")
 
 

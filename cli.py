@@ -18,6 +18,7 @@ FLAGS = {
     "steps": dict(type=int, default=None, help="optimizer steps (default: the stage's recipe)"),
     "resume": dict(action="store_true", help="go on from the last checkpoint; skip finished stages"),
     "device": dict(default="auto", help="auto, cpu or cuda"),
+    "parallel": dict(help="layout of the processes torchrun started, as in ep=2,cp=2: pp, dp, cp, ep, tp, vpp; dp takes the rest"),
     "seed": dict(type=int, default=0, help="seed of initialisation, data order and sampling"),
 }
 
@@ -62,7 +63,8 @@ def run(main):
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
+        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":  # of many ranks with the same input one complains
+            print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)

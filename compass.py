@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 import cli
 from cli import InputError
+from kernels import count_assignments
 from moe import MoE, SwiGLU, load_balancing_loss, router_z_loss
 
 
@@ -130,14 +131,61 @@ def attend_by_document(q_BHTC, k_BGTC, v_BGTC, lengths):
     return torch.cat(outputs, dim=2).squeeze(0).unflatten(1, (B, T)).transpose(0, 1)
 
 
+class OneRank:
+    """What the model and the training loop ask of the other ranks, answered for a single process; parallel.Ranks answers for many."""
+
+    index, count = 0, 1  # which of how many parts of the batch's rows this rank reads
+    several = False
+    writes = True  # this rank writes log and bar
+
+    def sum(self, x):
+        """x summed over the ranks that share a batch, without gradient."""
+        return x
+
+    def part(self, x_BT):
+        """This rank's part of a sequence (context parallelism)."""
+        return x_BT
+
+    def whole(self, x_BT):
+        """The whole sequence from every rank's part, without gradient."""
+        return x_BT
+
+    def mask(self, doc_ids_BT):
+        """What lets a part of the sequence see all that comes before it in its document; None is plain causal."""
+        return None if doc_ids_BT is None else document_mask(doc_ids_BT)
+
+    def take(self, batch):
+        """This rank's rows of a batch."""
+        return batch
+
+    def agree(self, flag):
+        """Whether the flag is set on any rank."""
+        return flag
+
+    def clip(self, parameters, limit):
+        """Clip the gradients' common norm and return it."""
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+
 @functools.cache
 def flex():
     """flex_attention, compiled where it is used in earnest (uncompiled it holds all scores at once)."""
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 
 
+def attend(q_BHTC, k_BGTC, v_BGTC, mask):
+    """Attention under a mask of any of our kinds: BlockMask, lengths of documents, booleans, None (causal)."""
+    if isinstance(mask, BlockMask):
+        return flex()(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
+    if isinstance(mask, list):
+        return attend_by_document(q_BHTC, k_BGTC, v_BGTC, mask)
+    return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads."""
+
+    attend = staticmethod(attend)  # context parallelism puts its own here
 
     def __init__(self, config):
         super().__init__()
@@ -151,15 +199,9 @@ class Attention(nn.Module):
         q_BHTC, k_BGTC = apply_rope(qk, *rope).transpose(1, 2).split((self.H, self.G), dim=1)
         v_BGTC = v.transpose(1, 2)
         if cache is not None:
-            k_BGTC, v_BGTC = cache.update(layer, k_BGTC, v_BGTC)
-        if isinstance(mask, BlockMask):
-            y_BHTC = flex()(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
-        elif isinstance(mask, list):
-            y_BHTC = attend_by_document(q_BHTC, k_BGTC, v_BGTC, mask)
+            y_BHTC = cache.attend(layer, q_BHTC, k_BGTC, v_BGTC)
         else:
-            y_BHTC = F.scaled_dot_product_attention(
-                q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
+            y_BHTC = self.attend(q_BHTC, k_BGTC, v_BGTC, mask)
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, self.H * self.C))
 
 
@@ -191,9 +233,9 @@ class MTPBlock(nn.Module):
         self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
         self.block = Block(config, dense=True)
 
-    def forward(self, h_BTD, embedded_BTD, rope, mask):
+    def forward(self, h_BTD, embedded_BTD, rope, mask, cache=None, layer=None):
         joined = torch.cat((self.hidden_norm(h_BTD), self.token_norm(embedded_BTD)), dim=-1)
-        return self.block(self.join(joined), rope, mask)[0]
+        return self.block(self.join(joined), rope, mask, cache, layer)[0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -228,14 +270,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return dh_ND * grad.to(dh_ND.dtype), dhead_VD * grad, None, None, None
 
 
-def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=512):
-    """(weighted mean, nll_N) of the cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head."""
-    use_N = weight_N > 0
+def rows_where(mask_N):
+    """Index of the rows where mask is true; where all are, the slice of everything, which copies nothing."""
+    return slice(None) if bool(mask_N.all()) else mask_N.nonzero().squeeze(1)
+
+
+def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=512, total=lambda own: own):
+    """(weighted mean, nll_N) of the cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head.
+
+    total: makes the mean's denominator from the sum of these weights, where other ranks hold more of them.
+    """
+    use_N = rows_where(weight_N > 0)
     used_N = weight_N[use_N].float()
     loss, used_nll_N = _ChunkedCrossEntropy.apply(h_ND[use_N], head_VD, target_N[use_N], used_N, rows)
     nll_N = torch.zeros_like(weight_N, dtype=torch.float32)
     nll_N[use_N] = used_nll_N
-    return loss / used_N.sum().clamp_min(1e-9), nll_N
+    return loss / total(used_N.sum()).clamp_min(1e-9), nll_N
 
 
 class Compass(nn.Module):
@@ -244,7 +294,9 @@ class Compass(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.ranks = OneRank()
         self.router_scale = 1.0  # decays alpha and beta; set by train.fit from the schedule
+        self.mtp_scale = 1.0  # 0 in steps without multi-token prediction; set likewise
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -256,12 +308,11 @@ class Compass(nn.Module):
         """Return (h_BTD before the final norm, [(logits_NE, index_NK) per layer], rope, mask)."""
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        rope = rope_table(positions_BT, self.config.head_dim, self.config.rope_base)
+        rope = rope_table(self.ranks.part(positions_BT), self.config.head_dim, self.config.rope_base)
         if cache is not None:
-            mask = cache.advance(positions_BT)
-        else:
-            mask = None if doc_ids_BT is None else document_mask(doc_ids_BT)
-        x_BTD, routing = self.embedding(tokens_BT), []
+            cache.advance(positions_BT)
+        mask = self.ranks.mask(doc_ids_BT)
+        x_BTD, routing = self.embedding(self.ranks.part(tokens_BT)), []
         for layer, block in enumerate(self.blocks):
             x_BTD, routed = block(x_BTD, rope, mask, cache, layer)
             routing.append(routed)
@@ -271,7 +322,7 @@ class Compass(nn.Module):
         """tokens_BT (int64) -> logits_BTV.
 
         doc_ids_BT: which packed document each token belongs to, -1 for padding; tokens see only their own
-        document. positions_BT: rotary positions (default 0..T-1). cache: a generate.KVCache.
+        document. positions_BT: rotary positions (default 0..T-1). cache: a kvcache.KVCache.
         """
         h_BTD, *_ = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT, cache=cache)
         return self.head(self.norm(h_BTD))
@@ -280,39 +331,42 @@ class Compass(nn.Module):
         """Losses of one batch (v2 §2.2). targets_BT[t] is the token after tokens_BT[t], already shifted.
 
         weights_BT (default ones) weighs each target; padding (doc_ids -1) never counts. lm is the
-        weighted mean in nats; aux and z are means over layers.
+        weighted mean in nats; aux and z are means over layers. Where other ranks hold more of the batch, each loss is scaled so that
+        its mean over the ranks, weighed by each rank's sum of weights, is that of the whole batch.
         """
         h_BTD, routing, rope, mask = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT)
         valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if doc_ids_BT is None else doc_ids_BT >= 0
         weights_BT = valid_BT.float() if weights_BT is None else weights_BT * valid_BT
+        own = weights_BT.sum().clamp_min(1e-9)
+        scale = self.ranks.sum(own) / own  # exactly 1 on a single rank
         lm, nll_N = self._cross_entropy(h_BTD, targets_BT, weights_BT)
-        aux, z, load_LE = self._router_losses(routing, valid_BT.reshape(-1))
+        aux, z, load_LE = self._router_losses(routing, self.ranks.part(valid_BT).reshape(-1))
         mtp = self._mtp_loss(h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask)
+        lm, aux, z, mtp = (x * scale for x in (lm, aux, z, mtp))
         c = self.config
-        total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + c.mtp_weight * mtp
-        return Losses(total, lm, aux, z, mtp, load_LE, nll_N.view_as(tokens_BT))
+        total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + self.mtp_scale * c.mtp_weight * mtp
+        return Losses(total, lm, aux, z, mtp, load_LE, self.ranks.whole(nll_N.view(len(tokens_BT), -1)))
 
     def _cross_entropy(self, h_BTD, targets_BT, weights_BT):
         h_ND = self.norm(h_BTD).flatten(0, 1)
-        return chunked_cross_entropy(h_ND, self.head.weight, targets_BT.reshape(-1), weights_BT.reshape(-1))
+        targets_N, weights_N = (self.ranks.part(x_BT).reshape(-1) for x_BT in (targets_BT, weights_BT))
+        return chunked_cross_entropy(h_ND, self.head.weight, targets_N, weights_N, total=self.ranks.sum)
 
     def _router_losses(self, routing, valid_N):
-        aux, z, load = [], [], []
-        everything = bool(valid_N.all())
-        for logits_NE, index_NK in routing:
-            if not everything:
-                logits_NE, index_NK = logits_NE[valid_N], index_NK[valid_N]
-            aux.append(load_balancing_loss(logits_NE.softmax(-1), index_NK, self.config.n_experts))
-            z.append(router_z_loss(logits_NE))
-            count_E = torch.bincount(index_NK.reshape(-1), minlength=self.config.n_experts)
-            load.append(count_E / count_E.sum())
-        return torch.stack(aux).mean(), torch.stack(z).mean(), torch.stack(load)
+        E, valid = self.config.n_experts, rows_where(valid_N)
+        routing = [(logits_NE[valid], index_NK[valid]) for logits_NE, index_NK in routing]
+        own_LE = torch.stack([count_assignments(index_NK, E) for _, index_NK in routing])
+        counts_LE = self.ranks.sum(own_LE)  # p and c are those of the whole batch: gradients of the ranks' p add up
+        share = own_LE[0].sum() / counts_LE[0].sum()
+        aux = [load_balancing_loss(z_NE.softmax(-1), index_NK, E, c_E) for (z_NE, index_NK), c_E in zip(routing, counts_LE, strict=True)]
+        z = [router_z_loss(logits_NE) for logits_NE, _ in routing]
+        return torch.stack(aux).mean() * share, torch.stack(z).mean() * share, counts_LE / counts_LE.sum(1, keepdim=True)
 
     def _mtp_loss(self, h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask):
         """Mean over depths; depth k sees token t+k and predicts token t+k+1 of the same document."""
         losses = [h_BTD.new_zeros(())]
-        for k, block in enumerate(self.mtp, 1):
-            h_BTD = block(h_BTD, self.embedding(tokens_BT.roll(-k, 1)), rope, mask)
+        for k, block in enumerate(self.mtp if self.mtp_scale else (), 1):
+            h_BTD = block(h_BTD, self.embedding(self.ranks.part(tokens_BT.roll(-k, 1))), rope, mask)
             weights = weights_BT.roll(-k, 1)
             weights[:, -k:] = 0
             if doc_ids_BT is not None:
@@ -327,14 +381,17 @@ def init_weights(module, n_layers):
     A fixed 0.02, the common choice, would not follow the width of the model.
     """
     for name, p in module.named_parameters():
-        if p.dim() < 2:
-            nn.init.ones_(p)
-            continue
-        fan_in = p.shape[1]  # (out, in) of nn.Linear, (E, in, out) of experts; an embedding counts its width
-        std = fan_in**-0.5
-        if name.endswith(("out.weight", "down.weight", "down_EFD")):
-            std /= (2 * n_layers) ** 0.5
-        nn.init.normal_(p, std=std)
+        init_parameter(name, p, n_layers)
+
+
+def init_parameter(name, p, n_layers):
+    if p.dim() < 2:
+        return nn.init.ones_(p)
+    fan_in = p.shape[1]  # (out, in) of nn.Linear, (E, in, out) of experts; an embedding counts its width
+    std = fan_in**-0.5
+    if name.endswith(("out.weight", "down.weight", "down_EFD")):
+        std /= (2 * n_layers) ** 0.5
+    return nn.init.normal_(p, std=std)
 
 
 def count_parameters(config):

@@ -47,7 +47,7 @@ def token_logprobs(model, tokens_BT, mask_BT, *, doc_ids_BT=None, return_hidden=
     """
     h_BTD = model.norm(model.hidden(tokens_BT, doc_ids_BT=doc_ids_BT)[0])
     predicting_BTD = F.pad(h_BTD[:, :-1], (0, 0, 1, 0))  # position 0 has no state that predicts it
-    use_BT = mask_BT.bool()
+    use_BT = mask_BT > 0
     use_BT[:, 0] = False
 
     def logp(h_ND, token_N):

@@ -34,8 +34,8 @@ from data.tasks import ECOMMERCE, fingerprint, tasks
 from generate import GREEDY, Sampling, generate, load_for_inference, split_thought
 from report import plot_accuracy, plot_load, plot_losses, plot_needles, stage_losses, write_report
 
-PRETRAINING = ("general", "anneal", "long")  # these answer plain text, not chats; the last one is evaluated
-BASE = PRETRAINING[-1]
+PRETRAINING = ("general", "anneal", "market", "reasoning", "extend", "long", "mtp")  # these answer plain text, not chats
+BASE = "long"  # the one that is evaluated
 
 
 @torch.inference_mode()

@@ -32,6 +32,19 @@ def use_triton(x):
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def inverse(order_R):
+    """The inverse of a permutation."""
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return inverse_R
+
+
+def count_assignments(expert_index, num_experts):
+    """How many assignments each expert has, (E,) int64: torch.bincount, which would wait for a GPU and has no size under fake tensors."""
+    flat_R = expert_index.reshape(-1)
+    return flat_R.new_zeros(num_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+
+
 def sort_by_expert(expert_index_NK, num_experts):
     """Stable sort of the R = N*K assignments by expert: (order_R, row_of_NK, counts_E), all int64.
 
@@ -39,9 +52,8 @@ def sort_by_expert(expert_index_NK, num_experts):
     """
     flat_R = expert_index_NK.reshape(-1)
     order_R = torch.argsort(flat_R, stable=True)
-    row_of_R = torch.empty_like(order_R)
-    row_of_R[order_R] = torch.arange(flat_R.numel(), device=flat_R.device)
-    counts_E = torch.bincount(flat_R, minlength=num_experts)
+    row_of_R = inverse(order_R)
+    counts_E = count_assignments(flat_R, num_experts)
     return order_R, row_of_R.view_as(expert_index_NK), counts_E
 
 
@@ -101,14 +113,12 @@ def _grid(N, D):
 def scatter_rows(x_ND, row_of_NK):
     """out_RD[row_of[n, k]] = x[n]."""
     (N, K), D = row_of_NK.shape, x_ND.shape[1]
+    if not use_triton(x_ND):
+        return x_ND.index_select(0, inverse(row_of_NK.flatten()) // K)  # on a CPU writing in order beats reading in order
     out_RD = x_ND.new_empty(N * K, D)
-    if use_triton(x_ND):
-        grid, block = _grid(N, D)
-        if N:
-            scatter_kernel[grid](x_ND.contiguous(), row_of_NK, out_RD, D, K, BLOCK=block)
-        return out_RD
-    for k in range(K):
-        out_RD[row_of_NK[:, k]] = x_ND
+    grid, block = _grid(N, D)
+    if N:
+        scatter_kernel[grid](x_ND.contiguous(), row_of_NK, out_RD, D, K, BLOCK=block)
     return out_RD
 
 
@@ -143,6 +153,22 @@ class _Permute(torch.autograd.Function):
         return gather_rows(grad_RD, *ctx.saved_tensors), None
 
 
+class _MoveRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, from_R, to_R):
+        ctx.save_for_backward(to_R)
+        return x_RD.index_select(0, from_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        return grad_RD.index_select(0, *ctx.saved_tensors), None, None
+
+
+def move_rows(x_RD, from_R, to_R):
+    """out_RD[r] = x[from[r]] for a permutation and its inverse `to`: a copy each way, where autograd's own backward would add."""
+    return _MoveRows.apply(x_RD, from_R, to_R)
+
+
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD, row_of_NK, weights_NK):
@@ -153,18 +179,16 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx, grad_ND):
         y_RD, row_of_NK, weights_NK = ctx.saved_tensors
         (N, K), D = row_of_NK.shape, y_RD.shape[1]
+        if not use_triton(y_RD):
+            copy_R = inverse(row_of_NK.flatten())  # copy_R[r] = n*K + k of the copy in row r
+            grad_RD = grad_ND.index_select(0, copy_R // K)
+            dw_NK = (grad_RD * y_RD).sum(1)[row_of_NK].to(weights_NK.dtype)
+            return grad_RD.mul_(weights_NK.flatten()[copy_R].unsqueeze(1)), None, dw_NK
         dy_RD, dw_NK = torch.empty_like(y_RD), torch.empty_like(weights_NK)
-        if use_triton(y_RD):
-            if N:
-                gather_backward_kernel[(N,)](
-                    grad_ND.contiguous(), y_RD, row_of_NK, weights_NK, dy_RD, dw_NK, D, K,
-                    BLOCK=triton.next_power_of_2(D),
-                )  # fmt: skip
-            return dy_RD, None, dw_NK
-        for k in range(K):
-            row_N = row_of_NK[:, k]
-            dw_NK[:, k] = (y_RD.index_select(0, row_N) * grad_ND).sum(1)
-            dy_RD[row_N] = grad_ND * weights_NK[:, k : k + 1].to(grad_ND.dtype)
+        if N:
+            gather_backward_kernel[(N,)](
+                grad_ND.contiguous(), y_RD, row_of_NK, weights_NK, dy_RD, dw_NK, D, K, BLOCK=triton.next_power_of_2(D)
+            )  # fmt: skip
         return dy_RD, None, dw_NK
 
 

@@ -15,18 +15,21 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-from kernels import permute, unpermute
+from kernels import count_assignments, permute, unpermute
+
+FEW = 32  # rows a matrix is multiplied with in about the time that reading it takes
 
 
-def load_balancing_loss(probs_NE, expert_index_NK, num_experts):
+def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
     """L_aux = E * sum_i (p_i / N) (c_i / (N K)) (v2 §2.2), a scalar.
 
     p_i is the routing probability of expert i (before top-k) summed over the N tokens, c_i the number of
-    tokens assigned to it. 1 at perfect balance; E / K when all tokens are certain of the same K.
+    tokens assigned to it. 1 at perfect balance; E / K when all tokens are certain of the same K. counts_E: the c_i
+    of a larger batch that these N tokens are part of (default: their own).
     """
-    p_E = probs_NE.mean(0)
-    c_E = torch.bincount(expert_index_NK.reshape(-1), minlength=num_experts).to(probs_NE.dtype)
-    return num_experts * (p_E * c_E / expert_index_NK.numel()).sum()
+    counts_E = count_assignments(expert_index_NK, num_experts) if counts_E is None else counts_E
+    p_E, c_E = probs_NE.mean(0), counts_E.to(probs_NE.dtype)
+    return num_experts * (p_E * c_E / counts_E.sum()).sum()
 
 
 def router_z_loss(logits_NE):
@@ -47,6 +50,15 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class Router(nn.Linear):
+    """x_ND -> logits_NE in at least fp32, whatever the autocast: bf16 flips near ties."""
+
+    def forward(self, x_ND):
+        with torch.autocast(x_ND.device.type, enabled=False):
+            wide = torch.promote_types(x_ND.dtype, torch.float32)
+            return F.linear(x_ND.to(wide), self.weight.to(wide))
+
+
 class MoE(nn.Module):
     """n_experts routed SwiGLU experts, top_k of them per token, plus one SwiGLU of n_shared * expert_dim.
 
@@ -57,32 +69,43 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k, self.n_experts = config.top_k, config.n_experts
         E, D, width = config.n_experts, config.dim, config.expert_dim
-        self.router = nn.Linear(D, E, bias=False)
+        self.router = Router(D, E, bias=False)
         self.gate_up_ED2F = nn.Parameter(torch.empty(E, D, 2 * width))
         self.down_EFD = nn.Parameter(torch.empty(E, width, D))
         self.shared = SwiGLU(D, config.n_shared * width) if config.n_shared else None
 
     def route(self, x_ND):
-        """Return (logits_NE, weights_NK, index_NK), in fp32 whatever the autocast (bf16 flips near ties)."""
+        """Return (logits_NE, weights_NK, index_NK); logits and weights are fp32."""
+        logits_NE = self.router(x_ND)
         with torch.autocast(x_ND.device.type, enabled=False):
-            wide = torch.promote_types(x_ND.dtype, torch.float32)
-            logits_NE = F.linear(x_ND.to(wide), self.router.weight.to(wide))
             probs_NK, index_NK = logits_NE.softmax(-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:  # renormalising a single probability would make it 1 and starve the router of gradient
             probs_NK = probs_NK / probs_NK.sum(-1, keepdim=True)
         return logits_NE, probs_NK, index_NK
 
     def experts(self, x_RD, counts_E):
-        """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_RF, up_RF = grouped_matmul(x_RD, self.gate_up_ED2F, ends_E).chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate_RF) * up_RF, self.down_EFD, ends_E)
+        return grouped_swiglu(x_RD, counts_E, self.gate_up_ED2F, self.down_EFD)
+
+    def every_expert(self, x_ND, weights_NK, index_NK):
+        """What permute, `experts` and unpermute give, by asking all experts about all tokens and weighing most answers with 0."""
+        gate_ENF, up_ENF = (x_ND @ self.gate_up_ED2F).chunk(2, dim=-1)
+        weights_NE = torch.zeros(len(x_ND), self.n_experts, dtype=weights_NK.dtype, device=x_ND.device).scatter_(1, index_NK, weights_NK)
+        h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
+        return (h_ENF.transpose(0, 1).flatten(1) @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
+
+    def _all_are_read(self, N):
+        """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough
+        that a product takes no longer than reading its weights. Not in training, and not for quantized experts."""
+        return N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled() and hasattr(self, "gate_up_ED2F")
 
     def forward(self, x_BTD):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE, weights_NK, index_NK = self.route(x_ND)
-        x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)
-        y_ND = unpermute(self.experts(x_RD, counts_E), row_of_NK, weights_NK)
+        if self._all_are_read(len(x_ND)):
+            y_ND = self.every_expert(x_ND, weights_NK, index_NK)
+        else:
+            x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)
+            y_ND = unpermute(self.experts(x_RD, counts_E), row_of_NK, weights_NK)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD), logits_NE, index_NK
@@ -94,6 +117,13 @@ def grouped_matmul(x_RD, weight_EDF, ends_E):
         dtype = torch.get_autocast_dtype(x_RD.device.type)
         x_RD, weight_EDF = x_RD.to(dtype), weight_EDF.to(dtype)
     return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
+
+
+def grouped_swiglu(x_RD, counts_E, gate_up_ED2F, down_EFD):
+    """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products."""
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    gate_RF, up_RF = grouped_matmul(x_RD, gate_up_ED2F, ends_E).chunk(2, dim=-1)
+    return grouped_matmul(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
 
 
 def main():

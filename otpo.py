@@ -23,17 +23,21 @@ from cli import InputError
 from dpo import BETA, online, preference_metrics, token_logprobs, tune
 
 
+def contraction(reg, reg_marginal):
+    """f = reg_marginal / (reg_marginal + reg); a sweep shrinks the error of the potentials by f². Raises InputError below reg 0.05."""
+    if reg < 0.05:
+        raise InputError(f"reg is {reg}; below 0.05 the sweeps do not converge in fp32")
+    return reg_marginal / (reg_marginal + reg)
+
+
 def sinkhorn(cost_BTS, mass_BT, mass_BS, reg, reg_marginal, sweeps):
     """Unbalanced entropic transport, one solve for the whole batch -> plan_BTS.
 
     argmin_G <G, M> + reg Σ (G log G - G) + reg_marginal [KL(G1 | a) + KL(G'1 | b)]   (arXiv 2505.18720)
 
-    by alternating scaling in the log domain; a and b are the masses, 0 on padding. Each sweep shrinks the error of the
-    potentials by f², f = reg_marginal / (reg_marginal + reg). Raises InputError where reg is below 0.05.
+    by alternating scaling in the log domain; a and b are the masses, 0 on padding.
     """
-    if reg < 0.05:
-        raise InputError(f"reg is {reg}; below 0.05 the sweeps do not converge in fp32")
-    f = reg_marginal / (reg_marginal + reg)
+    f = contraction(reg, reg_marginal)
     log_kernel_BTS, log_a_BT, log_b_BS = -cost_BTS / reg, mass_BT.log(), mass_BS.log()
     lv_BS = torch.zeros_like(log_b_BS).masked_fill(mass_BS == 0, -torch.inf)
     for _ in range(sweeps):
@@ -43,8 +47,39 @@ def sinkhorn(cost_BTS, mass_BT, mass_BS, reg, reg_marginal, sweeps):
 
 
 def sweeps_for(reg, reg_marginal, tolerance=1e-8):
-    """Sweeps after which f² has shrunk the error of the potentials by `tolerance`: 6 at the defaults, 23 at reg 0.1."""
-    return math.ceil(math.log(tolerance) / (2 * math.log(reg_marginal / (reg_marginal + reg))))
+    """Sweeps after which the error of the potentials has shrunk by `tolerance`: 6 at the defaults, 23 at reg 0.1."""
+    return math.ceil(math.log(tolerance) / (2 * math.log(contraction(reg, reg_marginal))))
+
+
+def transported_mass(cost_BTS, mass_BT, mass_BS, reg, reg_marginal):
+    """(row sums, column sums) of `sinkhorn`'s plan, without the plan: (B, T), (B, S).
+
+    The same sweeps as scalings u, v of K = exp(-M / reg), two batched matrix-vector products each. Needs costs of at most 1, so
+    that with reg of at least 0.05 no entry of K is below e^-20; `sinkhorn` takes any.
+    """
+    f = contraction(reg, reg_marginal)
+    kernel_BTS, v_BS = (cost_BTS / -reg).exp(), (mass_BS > 0).to(cost_BTS.dtype)
+
+    def reached_by(v_BS):
+        return torch.bmm(kernel_BTS, v_BS.unsqueeze(2)).squeeze(2)
+
+    def reached_from(u_BT):
+        return torch.bmm(u_BT.unsqueeze(1), kernel_BTS).squeeze(1)
+
+    for _ in range(sweeps_for(reg, reg_marginal)):
+        u_BT = (mass_BT / reached_by(v_BS)) ** f
+        v_BS = (mass_BS / reached_from(u_BT)) ** f
+    return u_BT * reached_by(v_BS), v_BS * reached_from(u_BT)
+
+
+def distances(x_BTD, y_BSD):
+    """Euclidean distances (B, T, S). |x|² + |y|² - 2 x·y is one matrix product but cancels where states are nearly equal, as those of
+    a common beginning are: these few are computed again from the difference."""
+    lengths_BTS = x_BTD.square().sum(2).unsqueeze(2) + y_BSD.square().sum(2).unsqueeze(1)
+    squared_BTS = torch.baddbmm(lengths_BTS, x_BTD, y_BSD.transpose(1, 2), alpha=-2)
+    b, t, s = (squared_BTS < 1e-3 * lengths_BTS).nonzero(as_tuple=True)
+    squared_BTS[b, t, s] = (x_BTD[b, t] - y_BSD[b, s]).square().sum(1)
+    return squared_BTS.sqrt()
 
 
 @torch.no_grad()
@@ -53,20 +88,19 @@ def ot_token_weights(hidden_chosen_BTD, hidden_rejected_BSD, mask_chosen_BT, mas
 
     The cost is the Euclidean distance of the policy's states after the final norm, at the positions that predict the tokens, divided by its
     largest value in the pair where that exceeds 1. Each side's weights sum to min(|y_c|, |y_r|). Raises
-    InputError naming a pair with an empty answer.
+    InputError naming a pair with an empty answer, and where reg is below 0.05.
     """
     wide = torch.promote_types(hidden_chosen_BTD.dtype, torch.float32)
     a_BT, b_BS = mask_chosen_BT.to(wide), mask_rejected_BS.to(wide)
     tau_B1 = torch.minimum(a_BT.sum(1), b_BS.sum(1)).unsqueeze(1)
     if not bool((tau_B1 > 0).all()):
         raise InputError(f"pair {int((tau_B1 == 0).nonzero()[0, 0])} has an empty answer")
-    # |x|² + |y|² - 2 x·y is one matrix product, but gives equal states a distance of 0 only in fp64
-    cost_BTS = torch.cdist(hidden_chosen_BTD.double(), hidden_rejected_BSD.double(), compute_mode="use_mm_for_euclid_dist").to(wide)
+    cost_BTS = distances(hidden_chosen_BTD.to(wide), hidden_rejected_BSD.to(wide))
     cost_BTS = cost_BTS.masked_fill((a_BT.unsqueeze(2) * b_BS.unsqueeze(1)) == 0, 0.0)
     cost_BTS = cost_BTS / cost_BTS.amax((1, 2), keepdim=True).clamp_min(1.0)
-    plan_BTS = sinkhorn(cost_BTS, a_BT, b_BS, reg, reg_marginal, sweeps_for(reg, reg_marginal))
-    moved_B1 = plan_BTS.sum((1, 2)).unsqueeze(1)
-    return tau_B1 * plan_BTS.sum(2) / moved_B1, tau_B1 * plan_BTS.sum(1) / moved_B1
+    chosen_BT, rejected_BS = transported_mass(cost_BTS, a_BT, b_BS, reg, reg_marginal)
+    moved_B1 = chosen_BT.sum(1, keepdim=True)
+    return tau_B1 * chosen_BT / moved_B1, tau_B1 * rejected_BS / moved_B1
 
 
 def uniform_weights(mask_chosen_BT, mask_rejected_BS):

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 import cli
-from checkpoint import inherit, load_latest, load_model
+from checkpoint import checkpoints, inherit, load_latest
 from cli import InputError
+from compass import CompassConfig
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
 from data.tasks import CONVERSATIONS, ECOMMERCE, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
-from train import Schedule, assemble, fit, logged, losses_of, stage_schedule
+from train import Schedule, assemble, fit, logged, losses_of, model_from, processes, stage_schedule
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
@@ -98,6 +99,7 @@ def common_length(longest, multiple=8):
     """The width of this step's batch: the longest sample of all data-parallel ranks, rounded up (Distributed Dynamic Padding)."""
     longest = torch.tensor(longest)
     if torch.distributed.is_initialized():
+        longest = longest.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
         torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
     return -(-int(longest) // multiple) * multiple
 
@@ -242,9 +244,15 @@ def selected_thoughts(examples, args, device):
     return direct + clean
 
 
-def run_stage(stage, args, device, tokenizer):
-    before, schedule = STAGES[stage]
-    state = load_latest(args.run, before, device)
+def stage_before(stage, run):
+    """The stage that a stage of tuning starts from; v3's pre-training ends with mtp, v2's with long."""
+    before = STAGES[stage][0]
+    return "mtp" if before == "long" and checkpoints(run, "mtp") else before
+
+
+def run_stage(stage, args, device, tokenizer, ranks=None):
+    schedule = STAGES[stage][1]
+    state = load_latest(args.run, stage_before(stage, args.run), device, weights=ranks is None)
     inherit(state, tokenizer)
     schedule = stage_schedule(stage, args, schedule)
     if schedule is None:
@@ -255,7 +263,7 @@ def run_stage(stage, args, device, tokenizer):
         examples = training(args.seed, min(MOST, PER_STEP * schedule.steps))
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
-    model = load_model(state, device)
+    model = model_from(state, args.run, ranks, device)
     chats = Chats(
         curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed"
     )  # fmt: skip
@@ -267,17 +275,25 @@ def run_stage(stage, args, device, tokenizer):
 
 def main():
     args = cli.parse(
-        __doc__, "data", "run", "stage", "steps", "resume", "device", "seed",
+        __doc__, "data", "run", "stage", "steps", "resume", "device", "seed", "parallel",
         data=dict(help="task file .jsonl: {messages, answer, think?} (default: the embedded tasks)"),
         stage=dict(default="all", choices=("all", *STAGES)),
         full=dict(default="none", choices=tuple(FULL), help="domain whose prompts are trained on too (v3's mixed loss: e-commerce)"),
         batching=dict(default="packed", choices=("packed", "padded"), help="pack conversations into rows, or pad batches of like length"),
         rollouts=dict(help="run whose last model tries each reasoning task; sft2 keeps those it solves now and then"),
     )  # fmt: skip
-    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
+
+    def inherited_config():
+        return CompassConfig(**load_latest(args.run, stage_before(stages[0], args.run), weights=False)["config"])
+
+    device, ranks = processes(args, inherited_config)
+    tokenizer = Tokenizer.load(args.run)
     torch.manual_seed(args.seed)
-    for stage in STAGES if args.stage == "all" else (args.stage,):
-        run_stage(stage, args, device, tokenizer)
+    for stage in stages:
+        run_stage(stage, args, device, tokenizer, ranks)
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pre-training: `fit`, the one training loop, and the three stages general, anneal, long (v2 §2.3).
+"""Pre-training: `fit`, the one training loop, the three stages general, anneal, long (v2 §2.3) and v3's five.
 
 general learns from everything under a cosine; anneal warms up again, on the cleanest text; long stretches the
 context with a larger RoPE base (ABF) on a mix of short and long documents. The global batch is a
@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,73 +34,16 @@ from checkpoint import (
     save_checkpoint,
 )  # fmt: skip
 from cli import InputError
-from compass import Compass, config_named
+from compass import Compass, CompassConfig, OneRank, config_named
 from data import reader
 from data.shards import Shards, is_shards
+from recipes import RECIPES, lr_at
+from recipes import Schedule as Schedule  # sft, dpo and others take it from here
 from tokenizer import Tokenizer
 
 BETA1, WEIGHT_DECAY, CLIP = 0.9, 0.1, 1.0
+ONE_RANK = OneRank()
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
-
-
-class Schedule(NamedTuple):
-    """Learning rate in optimizer steps: linear warm-up to peak, cosine or a line to final. router: scale of alpha and beta.
-
-    beta2: AdamW's memory of squared gradients. The report's 0.95 belongs to its batches of 24M tokens; ours of 2k are noisier and
-    want 0.99 (README, "What the tuning of `tiny` showed").
-    """
-
-    steps: int
-    peak: float
-    final: float
-    warmup: int = 0
-    router: tuple = (1.0, 1.0)  # at the first and the last step, linear between
-    shape: str = "cosine"  # or "linear"
-    beta2: float = 0.95
-
-
-def lr_at(step, schedule):
-    """Learning rate of optimizer step `step` (0-based)."""
-    if step < schedule.warmup:
-        return schedule.peak * (step + 1) / schedule.warmup
-    progress = min(1.0, (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))
-    left = 1 - progress if schedule.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return schedule.final + (schedule.peak - schedule.final) * left
-
-
-class Recipe(NamedTuple):
-    """One stage: rows of seq_len tokens per step (micro_rows at a time), schedule, RoPE base."""
-
-    seq_len: int
-    rows: int
-    micro_rows: int
-    schedule: Schedule
-    rope_base: float = 10_000.0
-
-
-def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95):
-    """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows."""
-    general, anneal, long = steps
-    schedules = (
-        Schedule(general, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2),
-        Schedule(anneal, peak / 2, peak / 10, warmup[1], (0.1, 0.1), beta2=beta2),
-        Schedule(long, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2),
-    )
-    return {
-        "general": Recipe(context, rows, micro_rows, schedules[0]),
-        "anneal": Recipe(context, rows * 3 // 2, micro_rows, schedules[1]),
-        "long": Recipe(long_context, long_rows, min(micro_rows, long_rows), schedules[2], 1e6),
-    }
-
-
-RECIPES = {
-    "tiny": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "tiny_v3": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "small": _recipes(4096, 32768, 256, 4, (20_000, 6000, 400), (600, 200), 6e-4, 24),
-    # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
-    "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
-    "v3_245b": _recipes(8192, 131_072, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160),
-}
 
 
 def assemble(rows, length):
@@ -201,9 +143,11 @@ def language_model_loss(model, batch):
 
 def make_optimizer(model, beta2=0.95):
     """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    groups = {}  # what is updated in one go lies on one mesh; a single process has none
+    for p in sorted(model.parameters(), key=lambda p: p.dim() < 2):
+        decay = WEIGHT_DECAY if p.dim() >= 2 else 0.0
+        groups.setdefault((decay, getattr(p, "device_mesh", None)), {"params": [], "weight_decay": decay})["params"].append(p)
+    groups = list(groups.values())
     return torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, beta2), fused=True)
 
 
@@ -222,35 +166,28 @@ class _Stop:
         signal.signal(signal.SIGTERM, self.previous)
 
 
-def sum_over_ranks(*tensors):
-    """Sum tensors in place over the data-parallel ranks; with one process they already are."""
-    if torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
+def ranks_of(model):
+    """The model's place among other ranks (parallel.Ranks), or the single process's."""
+    return getattr(model, "ranks", ONE_RANK)
 
 
 def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     """One optimizer step on this rank's micro-batches. Micro-losses are weighed by their share of the global weight: one
     denominator over all micro-batches of all ranks."""
+    ranks = ranks_of(model)
     weights = [batch["weights"].sum().item() for batch in micro_batches]
-    total = torch.tensor(sum(weights), dtype=torch.float64, device=device)
-    sum_over_ranks(total)
-    total = total.item()
+    total = ranks.sum(torch.tensor(sum(weights), dtype=torch.float64, device=device)).item()
     if total <= 0:
         raise InputError("a batch has no supervised token (every target has weight 0)")
-    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
+    weights = [max(weight, 1e-9) for weight in weights]  # a rank without targets still balances its experts
     optimizer.zero_grad(set_to_none=True)
-    for batch, weight in zip(micro_batches, weights, strict=True):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            micro_loss, micro_metrics = loss_fn(model, batch)
-        (micro_loss * (weight / total)).backward()
-        loss += micro_loss.detach() * (weight / total)
-        for name, value in micro_metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value.detach() * (weight / total)
-    sum_over_ranks(loss, *metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None))
-    loss = loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+    if ranks.several and ranks.layout.pp > 1:
+        loss, metrics = model.accumulate(micro_batches, total, device)
+    else:
+        loss, metrics = _accumulate(model, micro_batches, [weight / total for weight in weights], loss_fn, device)
+    loss = ranks.sum(loss).item()
+    metrics = {name: ranks.sum(value) for name, value in metrics.items()}
+    norm = ranks.clip(model.parameters(), CLIP).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
@@ -259,16 +196,36 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     return loss, norm, finite, {name: value.tolist() for name, value in metrics.items()}
 
 
+def _accumulate(model, micro_batches, shares, loss_fn, device):
+    """Forward and backward of the micro-batches, each weighed by its share: (loss, {metric: tensor})."""
+    loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
+    for batch, share in zip(micro_batches, shares, strict=True):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            micro_loss, micro_metrics = loss_fn(model, batch)
+        (micro_loss * share).backward()
+        loss += micro_loss.detach() * share
+        for name, value in micro_metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value.detach() * share
+    return loss, metrics
+
+
 def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200, watch=None):
     """Train `model` in place and leave <run>/<stage>/step_N.pt and metrics.jsonl behind.
 
     batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function
     of the step. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss
     or gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
-    watch(metrics of a step) -> a warning to log and say once, or None.
+    watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
+    every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
-    device, optimizer, start = next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
-    if resume and checkpoints(run, stage):
+    ranks, device, optimizer, start = ranks_of(model), next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
+    if ranks.several:
+        import resharding  # a second of imports that a single process need not wait
+    if resume and checkpoints(run, stage) and ranks.several:
+        start = resharding.restore_latest(run, stage, model, optimizer)["step"]
+        print(f"{stage}: resumed at step {start}")
+    elif resume and checkpoints(run, stage):
         state = load_latest(run, stage, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -276,22 +233,29 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         print(f"{stage}: resumed at step {start}")
     elif checkpoints(run, stage):
         raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
-    rewind_metrics(run, stage, start)
+    if ranks.writes:
+        rewind_metrics(run, stage, start)
 
     def save(step):
         path = os.path.join(run, stage, f"step_{step}.pt")
-        save_checkpoint(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
-        prune(run, stage)
+        write = resharding.save_shards if ranks.several else save_checkpoint
+        write(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
+        if ranks.writes:
+            prune(run, stage)
 
     model.train()
     bad, collapsed, warned = 0, False, False
-    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1)
-    with _Stop() as stop, open(os.path.join(run, "metrics.jsonl"), "a", encoding="utf-8") as log, bar:
+    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1,
+               disable=not ranks.writes)  # fmt: skip
+    log_path = os.path.join(run, "metrics.jsonl") if ranks.writes else os.devnull
+    with _Stop() as stop, open(log_path, "a", encoding="utf-8") as log, bar:
         for step in bar:
             began = time.perf_counter()
+            model.mtp_scale = float(schedule.mtp_every > 0 and step % max(1, schedule.mtp_every) == 0)
             model.router_scale = np.interp(step, (0, max(1, schedule.steps - 1)), schedule.router).item()
             micro_batches, lr = batches(step), lr_at(step, schedule)
-            loss, norm, finite, metrics = _train_step(model, optimizer, micro_batches, loss_fn, lr, device)
+            mine = [ranks.take(batch) for batch in micro_batches]
+            loss, norm, finite, metrics = _train_step(model, optimizer, mine, loss_fn, lr, device)
             tokens = sum((batch["doc_ids"] >= 0).sum().item() for batch in micro_batches)
             speed = tokens / (time.perf_counter() - began)
             entry = {"stage": stage, "step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
@@ -322,9 +286,10 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             if bad == MAX_BAD_STEPS:
                 raise InputError(f"{stage}: {bad} non-finite steps in a row, the last at step {step} (batch {step} of seed {seed})")
             done = step + 1
-            if done % save_every == 0 or done == schedule.steps or stop.asked:
+            stopping = ranks.agree(stop.asked)
+            if done % save_every == 0 or done == schedule.steps or stopping:
                 save(done)
-            if stop.asked:
+            if stopping:
                 bar.write(f"{stage}: SIGTERM, saved at step {done}; go on with --resume")
                 raise SystemExit(0)
     return model
@@ -332,7 +297,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
 
 def finished(run, stage, steps):
     """Whether the stage's last intact checkpoint is its final step."""
-    return bool(checkpoints(run, stage)) and load_latest(run, stage)["step"] >= steps
+    return bool(checkpoints(run, stage)) and load_latest(run, stage, weights=False)["step"] >= steps
 
 
 def stage_schedule(stage, args, schedule):
@@ -345,16 +310,64 @@ def stage_schedule(stage, args, schedule):
     return schedule
 
 
-def run_stage(stage, args, device, tokenizer):
-    """Train one of general, anneal, long, starting from the stage before it."""
-    before = {"general": None, "anneal": "general", "long": "anneal"}[stage]
+def empty_part(config, ranks, device, recompute):
+    """This rank's part of a model, without weights: pipeline stages, or all layers."""
+    from parallel import build
+    from pipeline import build_pipeline
+
+    return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recompute)
+
+
+def micro_rows(recipe, ranks):
+    """Rows of a micro-batch over all ranks; a pipeline needs at least as many micro-batches as it has stages."""
+    if not ranks.several or ranks.layout.pp == 1:
+        return recipe.micro_rows * ranks.count
+    return min(recipe.micro_rows, max(1, recipe.rows // (ranks.count * ranks.layout.pp))) * ranks.count
+
+
+def first_model(config, ranks, device, args, recipe):
+    """A new model: of this process, or this rank's part of it."""
+    if ranks is None:
+        with device:
+            return Compass(config)
+    from parallel import initialise
+
+    return initialise(empty_part(config, ranks, device, recipe.recompute), args.seed)
+
+
+def processes(args, config_of):
+    """(device, parallel.Ranks), or (device, None) for a process that torchrun did not start. config_of() is the model's config."""
+    if args.parallel or "WORLD_SIZE" in os.environ:
+        from parallel import start
+
+        return start(args.parallel, config_of(), args.device)
+    return cli.pick_device(args.device), None
+
+
+def model_from(state, run, ranks, device, recompute=False, **changes):
+    """The model that a stage left behind, from its `state`; some fields of the config may be changed."""
+    if ranks is None:
+        return load_model(state, device, **changes)
+    import resharding
+
+    model = empty_part(CompassConfig(**{**state["config"], **changes}), ranks, device, recompute)
+    resharding.restore_latest(run, state["stage"], model)
+    return model
+
+
+def run_stage(stage, args, device, tokenizer, ranks=None):
+    """Train one stage of the config's recipe, starting from the stage before it."""
+    stages = list(RECIPES[args.config])
+    if stage not in stages:
+        raise InputError(f"--stage {stage} is not one of {', '.join(stages)} of --config {args.config}")
+    before = stages[stages.index(stage) - 1] if stage != stages[0] else None
     if before is None:
         config = dataclasses.replace(config_named(args.config))
         recipe = RECIPES[args.config][stage]
         if tokenizer.n_vocab > config.vocab_size:
             raise InputError(f"the tokenizer has {tokenizer.n_vocab} tokens, config {args.config} only {config.vocab_size}")
     else:
-        state = load_latest(args.run, before, device)
+        state = load_latest(args.run, before, device, weights=ranks is None)
         inherit(state, tokenizer)
         recipe = RECIPES[args.config][stage]
     schedule = stage_schedule(stage, args, recipe.schedule)
@@ -362,10 +375,10 @@ def run_stage(stage, args, device, tokenizer):
         return
     torch.manual_seed(args.seed)
     if before is None:
-        with device:
-            model = Compass(config)
+        model = first_model(config, ranks, device, args, recipe)
     else:
-        model = load_model(state, device, max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+        changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
+        model = model_from(state, args.run, ranks, device, recipe.recompute, **changes)
     if is_shards(args.data):
         tokenised = Shards(args.data, tokenizer)
     else:
@@ -376,20 +389,23 @@ def run_stage(stage, args, device, tokenizer):
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
     fit(
-        model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule,
+        model, rows.batches(recipe.rows, micro_rows(recipe, ranks_of(model))), language_model_loss, schedule,
         run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
     )  # fmt: skip
 
 
 def main():
     args = cli.parse(
-        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed",
-        stage=dict(default="all", choices=("all", "general", "anneal", "long")),
+        __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed", "parallel",
+        stage=dict(default="all", help="a stage of the config's recipe: general, anneal, long; v3 has its own six (default: all)"),
     )  # fmt: skip
-    config_named(args.config)
-    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
-    for stage in ("general", "anneal", "long") if args.stage == "all" else (args.stage,):
-        run_stage(stage, args, device, tokenizer)
+    config = config_named(args.config)
+    device, ranks = processes(args, lambda: config)
+    tokenizer = Tokenizer.load(args.run)
+    for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
+        run_stage(stage, args, device, tokenizer, ranks)
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

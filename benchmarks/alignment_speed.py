@@ -10,6 +10,7 @@ settings; it has no ungated shared experts, so our model has none here. Arms tak
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def sampling_arms(length):
     tokenizer = Tokenizer(train_bpe(["a few words, so that the ids exist"] * 2, 300))
     tokenizer.special = {name: -1 for name in tokenizer.special}  # nothing stops: every answer has NEW tokens
     tokenizer.n_vocab = config.vocab_size
-    tokenizer.decode = lambda ids: ""
+    tokenizer.encoding = SimpleNamespace(decode_bytes=lambda ids: b"")
     theirs = twin(model).eval()
     prompt_T = torch.randint(300, (length,))
 

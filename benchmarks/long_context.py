@@ -1,9 +1,9 @@
 """Does the long stage with a larger RoPE base (ABF) make long texts usable, and what does it cost on short ones? (v2 §2.3.)
 
-One model learns to find parcels in texts of 256 tokens, beside plain documents, and is then taken through the long stage
-(1024 tokens) three ways: not at all, with the RoPE base unchanged, and with ABF (base 1e6). Each is asked for a parcel
-hidden at five depths, and for one line of many, in texts from 128 to 2048 tokens; and its bits per byte on short
-documents are measured. English only, because retrieval from scratch takes long; the cities to be found have weight 1,
+One model learns to find parcels in texts of 256 tokens, beside plain documents, and goes on for as many tokens again in three
+ways: on texts of 256 tokens, on texts of 1024 tokens with the RoPE base unchanged, and on those with ABF (base 1e6). Each is asked
+for a parcel hidden at five depths, and for one line of many, in texts from 128 to 2048 tokens; and its bits per byte on
+short documents are measured. English only, because retrieval from scratch takes long; the cities to be found have weight 1,
 plain text 0.1. Three seeds of initialisation and data.
 
     python -m benchmarks.long_context      # about 25 minutes on two cores
@@ -56,19 +56,17 @@ def retrieval_row(tokenizer, rng, length):
     return row
 
 
-def train_stage(model, stage, tokenised, tokenizer, steps, seed):
+def train_on(model, tokenised, tokenizer, length, rows, schedule, seed):
     """A quarter of the rows (at least one) are plain documents, the others exercises in finding."""
-    recipe = RECIPES["tiny"][stage]
-    schedule = recipe.schedule._replace(steps=steps)
-    plain, quarter = TokenRows(tokenised, recipe.seq_len, seed), max(1, recipe.rows // 4)
+    plain, quarter = TokenRows(tokenised, length, seed), max(1, rows // 4)
 
     def batches(step):
-        rng = random.Random(f"{seed}-{stage}-{step}")
-        rows = [[(ids, 0.1 * mask) for ids, mask in plain.row(i)] for i in range(step * quarter, (step + 1) * quarter)]
-        rows += [retrieval_row(tokenizer, rng, recipe.seq_len) for _ in range(recipe.rows - quarter)]
-        return [assemble(rows, recipe.seq_len)]
+        rng = random.Random(f"{seed}-{length}-{step}")
+        batch = [[(ids, 0.1 * mask) for ids, mask in plain.row(i)] for i in range(step * quarter, (step + 1) * quarter)]
+        batch += [retrieval_row(tokenizer, rng, length) for _ in range(rows - quarter)]
+        return [assemble(batch, length)]
 
-    return train(model, batches, language_model_loss, schedule, stage)
+    return train(model, batches, language_model_loss, schedule, f"{length} tokens, base {model.config.rope_base:g}")
 
 
 def measure(model, tokenizer, held, seed):
@@ -76,15 +74,21 @@ def measure(model, tokenizer, held, seed):
     return {**retrieval(model, tokenizer, LENGTHS, seed=seed, n=20, langs=("en",)), "bits": bits}
 
 
+WAYS = {"short texts, base 1e4": (256, 12, 1e4), "long texts, base 1e4": (1024, 3, 1e4), "long texts, base 1e6 (ABF)": (1024, 3, 1e6)}
+
+
 def one_seed(tokenised, tokenizer, held, seed):
-    """{way through the long stage: figures}."""
+    """{way of going on: figures}, and those of the model that all start from."""
     torch.manual_seed(seed)
-    short = train_stage(Compass(CONFIGS["tiny"]), "general", tokenised, tokenizer, STEPS, seed)
-    figures = {"no long stage": measure(short, tokenizer, held, seed)}
-    for name, base in (("long, base 1e4", 1e4), ("long, base 1e6 (ABF)", 1e6)):
+    general, long = (RECIPES["tiny"][stage] for stage in ("general", "long"))
+    schedule = general.schedule._replace(steps=STEPS)
+    short = train_on(Compass(CONFIGS["tiny"]), tokenised, tokenizer, general.seq_len, general.rows, schedule, seed)
+    figures = {"before": measure(short, tokenizer, held, seed)}
+    for name, (length, rows, base) in WAYS.items():
         model = Compass(dataclasses.replace(short.config, rope_base=base))
         model.load_state_dict(short.state_dict())
-        figures[name] = measure(train_stage(model, "long", tokenised, tokenizer, LONG_STEPS, seed), tokenizer, held, seed)
+        schedule = long.schedule._replace(steps=LONG_STEPS)
+        figures[name] = measure(train_on(model, tokenised, tokenizer, length, rows, schedule, seed + SEEDS), tokenizer, held, seed)
     return figures
 
 

@@ -236,7 +236,11 @@ MIXTURES = {
     "general": {"page": 20, "faq": 30, "review": 12, "chat": 8, "mixed": 3, "queries": 8, "maths": 17, "code": 2},
     "anneal": {"faq": 50, "queries": 10, "maths": 40},
     "long": {"faq": 30, "queries": 6, "maths": 20, "shop": 6},
+    # Compass-v3: the market in its languages, then reasoning; extend and mtp read what long reads
+    "market": {"page": 30, "faq": 30, "review": 12, "chat": 8, "mixed": 4, "queries": 16},
+    "reasoning": {"maths": 60, "code": 10, "faq": 30},
 }
+MIXTURES["extend"] = MIXTURES["mtp"] = MIXTURES["long"]
 
 
 def documents(stage, seed, split="train", per_language=2500):

@@ -100,15 +100,14 @@ def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
 def test_a_thought_ends_with_its_budget(micro_model, micro_tokenizer):
     special = micro_tokenizer.special
 
-    def logits(tokens_BT, **_):  # thinks for ever: <think>, then 9 9 9 …; after </think> it says 7
+    def logits(tokens_BT):  # thinks for ever: <think>, then 9 9 9 …; after </think> it says 7
         out = torch.zeros(*tokens_BT.shape, micro_model.config.vocab_size)
         out[..., 9] = 1.0
         out[tokens_BT == special["<|assistant|>"]] = torch.nn.functional.one_hot(torch.tensor(special["<think>"]), out.shape[-1]).float()
         out[(tokens_BT == special["</think>"]) | (tokens_BT == 7)] = torch.nn.functional.one_hot(torch.tensor(7), out.shape[-1]).float()
         return out
 
-    micro_model.forward = logits
-    micro_model.hidden = lambda tokens_BT, cache: (logits(tokens_BT),)
+    micro_model.hidden = lambda tokens_BT, **_: (logits(tokens_BT), None, None, None)
     micro_model.norm = micro_model.head = torch.nn.Identity()
     sampling = Sampling(temperature=0, repetition=1.0, max_tokens=12, think_budget=4)
     prompts = [[3, special["<|assistant|>"]], [3, 8]]  # the second does not think: no budget applies

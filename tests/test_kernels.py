@@ -267,3 +267,21 @@ def test_gemms_use_the_tensor_cores(arch, int4, fp8):
                 assert no_spills(usage), (kernel, bm, bf, usage)
                 assert re.search(instruction, code), (kernel, bm, bf)
                 assert re.search(r"LDGSTS\.E(\.\w+)*\.128|UTMALDG", code), (kernel, bm, bf)
+
+
+def test_rows_moved_and_back_and_their_gradient():
+    g = torch.Generator().manual_seed(0)
+    x, there = torch.randn(7, 3, generator=g, requires_grad=True), torch.randperm(7, generator=g)
+    back = torch.argsort(there)
+    moved = kernels.move_rows(x, there, back)
+    assert torch.equal(moved, x[there]) and torch.equal(kernels.move_rows(moved, back, there), x)
+    weights = torch.randn(7, 3, generator=g)
+    (ours,) = torch.autograd.grad((moved * weights).sum(), x, retain_graph=True)
+    (theirs,) = torch.autograd.grad((x[there] * weights).sum(), x)
+    assert torch.equal(ours, theirs)
+
+
+def test_assignments_are_counted_as_bincount_does():
+    index_NK = torch.randint(0, 5, (40, 3), generator=torch.Generator().manual_seed(0))
+    counts = kernels.count_assignments(index_NK, 7)
+    assert torch.equal(counts, torch.bincount(index_NK.flatten(), minlength=7)) and counts.dtype == torch.int64

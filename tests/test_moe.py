@@ -120,3 +120,18 @@ def test_router_stays_in_fp32_under_autocast():
         y, logits, index = layer(x)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, x[0] @ layer.router.weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_asking_every_expert_equals_sorting(micro_config):
+    """The path of small batches without gradient, and when it is taken."""
+    layer = make_layer(micro_config)
+    for tokens in (1, 2, 5, 32, 33):
+        x = torch.randn(1, tokens, 32)
+        expected = layer(x)[0].detach()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x)[0], expected, rtol=1e-5, atol=1e-6)
+            logits_NE, weights_NK, index_NK = layer.route(x[0])
+            routed = layer.every_expert(x[0], weights_NK, index_NK) + layer.shared(x[0])
+            torch.testing.assert_close(routed, expected[0], rtol=1e-5, atol=1e-6)
+            assert layer._all_are_read(tokens) == (2 <= tokens <= 32)
+        assert not layer._all_are_read(tokens)  # never in training

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo import dpo_loss
-from otpo import ot_token_weights, otpo_loss, sinkhorn, sweeps_for, uniform_weights
+from otpo import ot_token_weights, otpo_loss, sinkhorn, sweeps_for, transported_mass, uniform_weights
 
 
 def batch(seed, B=5, T=12, S=9, D=16, dtype=torch.float64):
@@ -45,6 +45,25 @@ def test_weights_equal_pot(reg, reg_marginal, dtype, tolerance):
         ours = ot_token_weights(h_c.to(dtype), h_r.to(dtype), m_c.to(dtype), m_r.to(dtype), reg, reg_marginal)
         for w, reference in zip(ours, pot_weights(h_c, h_r, m_c, m_r, reg, reg_marginal), strict=True):
             torch.testing.assert_close(w.double(), reference, rtol=tolerance, atol=tolerance)
+
+
+def test_equal_states_of_a_common_beginning_cost_nothing():
+    """|x|² + |y|² - 2 x·y alone would leave them apart in fp32: a plan that differs from POT's in the fourth digit."""
+    h_c, h_r, m_c, m_r = batch(7, T=40, S=40, D=128)
+    m_c, m_r = torch.ones_like(m_c), torch.ones_like(m_r)
+    h_r[:, :30] = h_c[:, :30]
+    ours = ot_token_weights(h_c.float(), h_r.float(), m_c, m_r)
+    for w, reference in zip(ours, pot_weights(h_c, h_r, m_c, m_r, 1.0, 0.2), strict=True):
+        torch.testing.assert_close(w.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reg", [0.05, 1.0])
+def test_transported_mass_is_that_of_the_plan(reg):
+    _, _, m_c, m_r = batch(8)
+    cost = torch.rand(5, 12, 9, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    plan = sinkhorn(cost, m_c, m_r, reg, 0.2, sweeps_for(reg, 0.2))
+    for mass, sums in zip(transported_mass(cost, m_c, m_r, reg, 0.2), (plan.sum(2), plan.sum(1)), strict=True):
+        torch.testing.assert_close(mass, sums, rtol=1e-6, atol=1e-9)
 
 
 def test_the_plan_by_hand():
@@ -122,3 +141,5 @@ def test_bad_input_is_named():
         ot_token_weights(h_c, h_r, m_c, m_r)
     with pytest.raises(ValueError, match="reg is 0.01"):
         ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), reg=0.01)
+    with pytest.raises(ValueError, match="reg is 0.01"):
+        sinkhorn(torch.zeros(1, 1, 1), torch.ones(1, 1), torch.ones(1, 1), 0.01, 0.2, 5)

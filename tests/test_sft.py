@@ -8,6 +8,7 @@ import torch
 
 from data import general as data_general
 from data.tasks import tasks
+from parallel import Layout, Ranks, parallelize
 from sft import CAPACITY, FULL, ROWS, Chats, collate, common_length, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
 from train import _train_step, make_optimizer
 
@@ -148,22 +149,22 @@ def test_domains_add_up_to_the_loss(micro_model, micro_tokenizer):
     assert sft_loss(micro_model, general)[1]["lm"].item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-def rank_step(rank, folder, models, micro_batches):
-    """One of two gloo ranks: a step on its micro-batches; what came out goes to a file. The width is agreed on first."""
+def rank_step(rank, folder, models, batch):
+    """One of two gloo ranks: a step on its rows; what came out goes to a file. The width is agreed on first."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     width = common_length([17, 30][rank])
-    model = models[rank]
-    loss, norm, _, metrics = _train_step(model, make_optimizer(model), micro_batches[rank::2], sft_loss, 1e-3, torch.device("cpu"))
-    torch.save((width, loss, norm, metrics["lm_general"], model.state_dict()), f"{folder}/{rank}.pt")
+    model = parallelize(models[rank], Ranks(Layout(dp=2), "cpu"))
+    rows = [model.ranks.take(batch)]
+    loss, norm, _, metrics = _train_step(model, make_optimizer(model), rows, sft_loss, 1e-3, torch.device("cpu"))
+    whole = {name: p.full_tensor() for name, p in model.state_dict().items()}
+    torch.save((width, loss, norm, metrics["lm_general"], whole), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_equal_one_batch(micro_model, micro_tokenizer, tmp_path):
-    micro_model.config.aux_weight = micro_model.config.z_weight = 0.0  # means over a micro-batch, not over tokens
     chats = Chats([(task, False) for task in tasks("train", 0, 1)], micro_tokenizer, 1024, 0)
     (whole,) = chats.batch(0)
-    parts = [{name: value[i : i + 2] for name, value in whole.items()} for i in range(0, ROWS, 2)]  # rank 0 takes two, rank 1 one
-    torch.multiprocessing.spawn(rank_step, (str(tmp_path), [copy.deepcopy(micro_model) for _ in range(2)], parts), nprocs=2)
+    torch.multiprocessing.spawn(rank_step, (str(tmp_path), [copy.deepcopy(micro_model) for _ in range(2)], whole), nprocs=2)
     loss, norm, _, metrics = _train_step(micro_model, make_optimizer(micro_model), [whole], sft_loss, 1e-3, torch.device("cpu"))
     for rank in range(2):
         width, their_loss, their_norm, general, weights = torch.load(tmp_path / f"{rank}.pt")

@@ -1,5 +1,6 @@
 """train.py and checkpoint.py: resume is exact, kills lose nothing saved, bad steps are skipped, bad files are named."""
 
+import dataclasses
 import json
 import os
 import random
@@ -167,6 +168,36 @@ def test_a_batch_without_supervised_tokens_is_an_error(micro_config, rows, tmp_p
 
     with pytest.raises(ValueError, match="no supervised token"):
         fit(Compass(micro_config), empty, language_model_loss, Schedule(5, 1e-3, 1e-4), run=str(tmp_path), stage="general")
+
+
+def test_multi_token_prediction_is_interleaved(micro_config, rows, tmp_path):
+    model = Compass(dataclasses.replace(micro_config, mtp_depth=1))
+    before = model.mtp[0].join.weight.clone()
+    schedule = Schedule(4, 1e-3, 1e-3, mtp_every=0)
+    fit(model, rows.batches(2, 2), language_model_loss, schedule, run=str(tmp_path), stage="long")
+    assert all(e["mtp"] == 0 for e in read_metrics(tmp_path)) and torch.equal(model.mtp[0].join.weight, before)
+    fit(model, rows.batches(2, 2), language_model_loss, schedule._replace(mtp_every=2), run=str(tmp_path), stage="mtp")
+    assert [e["mtp"] > 0 for e in read_metrics(tmp_path) if e["stage"] == "mtp"] == [True, False, True, False]
+    assert not torch.equal(model.mtp[0].join.weight, before)
+
+
+def test_the_stages_of_v3_follow_each_other_and_sft_takes_the_last(script, micro_tokenizer, tmp_path):
+    run, data = tmp_path / "run", tmp_path / "data"
+    micro_tokenizer.save(run)
+    data.mkdir()
+    texts = (json.dumps({"text": f"{d['text']} {i}"}) for i, d in enumerate(market.documents("general", 0, per_language=20)))
+    (data / "en.jsonl").write_text("\n".join(texts))
+    result = script("train.py", "--config", "tiny_v3", "--run", run, "--data", data, "--steps", "1")
+    assert result.returncode == 0, result.stderr
+    stages = list(RECIPES["tiny_v3"])
+    assert stages == ["general", "market", "reasoning", "extend", "long", "mtp"] and all(checkpoints(run, stage) for stage in stages)
+    config = load_latest(run, "mtp")["config"]
+    assert config["max_seq_len"] == 1024 and config["rope_base"] == 1e7 and config["mtp_depth"] == 1
+    result = script("train.py", "--config", "tiny_v3", "--run", run, "--stage", "anneal")
+    assert result.returncode == 2 and "--stage anneal is not one of general, market" in result.stderr
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}], "answer": "b"}))
+    result = script("sft.py", "--run", run, "--stage", "sft1", "--steps", "1", "--data", tmp_path / "tasks.jsonl")
+    assert "inherited from mtp step 1" in result.stdout, result.stderr
 
 
 def test_router_collapse_warns(micro_config, rows, tmp_path):

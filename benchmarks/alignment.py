@@ -1,0 +1,139 @@
+"""The reward model and online DPO on a trained run (v2 §4): is the average of four better than its members, and do three rounds help?
+
+Of each held-out task 32 answers are sampled; Best-of-N takes the one with the highest reward, by each member and by the average of their
+weights. Then three rounds of online DPO twice: with the hardest wrong answer as the rejected one (the report's rule: the wrong answer that
+the reward model likes best), and with any wrong answer. After each round on held-out tasks: accuracy and length of greedy answers,
+the reward model's opinion of them, and the KL from the model before, estimated on sampled answers in nats a token. One seed.
+
+    cp -r checkpoints/tiny runs/alignment && python reward.py --run runs/alignment
+    python -m benchmarks.alignment --run runs/alignment      # about 20 minutes on two cores
+"""
+
+import copy
+import json
+import os
+import random
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import cli
+from benchmarks.tuning import train
+from benchmarks.vocabulary import RESULTS
+from data.preferences import preferences
+from data.scorers import SCORERS
+from data.tasks import fingerprint, tasks
+from dpo import BETA, OPEN, ROUND, SAMPLES, add_reference, dpo_objective, label, reward_judge, sample_answers, token_logprobs
+from evaluate import accuracy, answer_tasks
+from generate import load_for_inference, split_thought
+from reward import MEMBERS, Pairs, best_of_n, encode_pairs, load_reward_model, pair_accuracy, rewards
+
+ROUNDS, PER_CELL = 3, 1
+
+
+def chats(test, answers):
+    return [[*task["messages"], {"role": "assistant", "content": answer}] for task, answer in zip(test, answers, strict=True)]
+
+
+def best_of_samples(run, model, tokenizer, test):
+    """{reward model: {"pairs": accuracy on held-out pairs, "best of n": {n: accuracy}}} for the members and their average; and pass@n."""
+    _, completions = sample_answers(model, tokenizer, test, SAMPLES, seed=1)
+    answers = [split_thought(completion.text)[1] for completion in completions]
+    repeated = [task for task in test for _ in range(SAMPLES)]
+    right = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(repeated, answers, strict=True)]
+    correct_PN = torch.tensor(right).view(len(test), SAMPLES)
+    held = Pairs(*encode_pairs(preferences("test", 0, 60), tokenizer), model.config.max_seq_len, 0)
+    found = {"pass@n": best_of_n(correct_PN.double(), correct_PN)}  # an oracle's rewards
+    for name in ("reward", *(f"reward/{member}" for member in range(1, len(MEMBERS) + 1))):
+        judge = load_reward_model(run, torch.device("cpu"), name)[0]
+        rewards_PN = torch.tensor(rewards(judge, tokenizer, chats(repeated, answers))).view(len(test), SAMPLES)
+        found[name] = {"pairs": pair_accuracy(judge, held), "best of n": best_of_n(rewards_PN, correct_PN)}
+        print(name, json.dumps(found[name]), flush=True)
+    return found
+
+
+@torch.no_grad()
+def divergence(model, reference, tokenizer, test):
+    """Mean log-ratio of the model to the reference on answers sampled from the model, in nats a token: an estimate of the KL."""
+    prompts, completions = sample_answers(model, tokenizer, test, 1, seed=2)
+    ratios = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if completion.ids:
+            tokens_BT = torch.tensor([[*prompt, *completion.ids]])
+            mask_BT = torch.arange(tokens_BT.shape[1]).unsqueeze(0) >= len(prompt)
+            ratios.append((token_logprobs(model, tokens_BT, mask_BT) - token_logprobs(reference, tokens_BT, mask_BT))[mask_BT])
+    return torch.cat(ratios).mean().item()
+
+
+def measure(model, reference, judge, tokenizer, test):
+    answers = [answer for _, answer in answer_tasks(model, tokenizer, test, thinking=True)]
+    result = accuracy(test, answers)
+    return {
+        "accuracy": result["overall"], **result["by_group"], "reward": float(np.mean(rewards(judge, tokenizer, chats(test, answers)))),
+        "characters": float(np.mean([len(answer) for answer in answers])), "kl": divergence(model, reference, tokenizer, test),
+    }  # fmt: skip
+
+
+def random_wrong(judge, rng):
+    """The judge, but a wrong answer's reward is a random number: which of them is rejected is then a matter of chance."""
+
+    def judged(task, answers):
+        if task["scorer"] in OPEN:  # no rule says which are wrong
+            return judge(task, answers)
+        pairs = zip(answers, judge(task, answers), strict=True)
+        return [reward if SCORERS[task["scorer"]](answer, task["answer"]) else rng.random() for answer, reward in pairs]
+
+    return judged
+
+
+def rounds(name, model, reward_model, tokenizer, test, judge):
+    """Figures before and after each round of one arm."""
+    reference, history = model, [measure(model, model, reward_model, tokenizer, test)]
+    model = copy.deepcopy(model)
+    for turn in range(1, ROUNDS + 1):
+        examples = tasks("train", f"alignment-{turn}", PER_CELL)
+        prompts, completions = sample_answers(model, tokenizer, examples, SAMPLES, seed=turn)
+        rows, left_out = label(tokenizer, examples, prompts, completions, judge)
+        pairs = Pairs(rows, left_out, model.config.max_seq_len, turn)
+        add_reference(pairs, reference)
+        model = train(model, pairs.batch, dpo_objective(BETA), ROUND, f"{name} round {turn}")
+        history.append({**measure(model, reference, reward_model, tokenizer, test), "pairs": len(pairs.rows), "left out": dict(left_out)})
+        print(name, turn, json.dumps(history[-1]), flush=True)
+    return history
+
+
+def plot(found, path):
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for name, result in found.items():
+        curve = result if name == "pass@n" else result["best of n"]
+        style = {"pass@n": "k:", "reward": "tab:red"}.get(name, "0.6")
+        axis.plot(list(curve), [100 * value for value in curve.values()], style, label="average" if name == "reward" else name)
+    axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the best, %", xticks=list(curve), xticklabels=list(curve))
+    axis.minorticks_off()
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    args = cli.parse(__doc__, "run", run=dict(default="runs/alignment"))
+    device = torch.device("cpu")
+    model, tokenizer = load_for_inference(args.run, device)
+    reward_model, _ = load_reward_model(args.run, device)
+    test = tasks("test", 0, PER_CELL)
+    results = {"tasks_hash": fingerprint(test), "best of n": best_of_samples(args.run, model, tokenizer, test), "rounds": {}}
+    plot(results["best of n"], os.path.join(RESULTS, "alignment.png"))
+    judge = reward_judge(reward_model, tokenizer)
+    for name, arm in (("hardest wrong", judge), ("random wrong", random_wrong(judge, random.Random(0)))):
+        results["rounds"][name] = rounds(name, model, reward_model, tokenizer, test, arm)
+        with open(os.path.join(RESULTS, "alignment.json"), "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,242 @@
+"""Generation on a CPU, each figure beside its peer or its limit from the same run.
+
+    peers        `tiny` without shared experts (transformers' are gated) against transformers' generate, same weights and settings, the best
+                 of its experts and attention implementations: 32 answers to one prompt, 32 prompts, one prompt
+    concurrency  1 to 256 requests at once with the report's shapes of prompt and answer (1200 in 200 out, 1024 in 256 out) at a quarter
+    bandwidth    one row of a 310M-parameter model: bytes of active weights a second beside those of a sum over 1.2 GB
+    length       the time of a step early and late in a long answer
+    mtp          tiny_v3 with and without its MTP block, three seeds at equal tokens: bits per byte, and what drafting then gives
+
+Trained arms of mtp are kept in benchmarks/results/generation.jsonl and not repeated.
+
+    python -m benchmarks.generation                    # all, about fifteen minutes
+    python -m benchmarks.generation --stage peers      # one part; the others keep their figures
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import cli
+from benchmarks.moe import medians, twin
+from benchmarks.vocabulary import RESULTS
+from compass import CONFIGS, Compass, CompassConfig, count_parameters
+from data import market
+from engine import Engine, Sampling
+from evaluate import bits_per_byte
+from generate import GREEDY, generate
+from tokenizer import Tokenizer, train_bpe
+from tokenizer import train as train_tokenizer
+from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
+
+LOG = os.path.join(RESULTS, "generation.jsonl")
+FREE = Sampling(temperature=1.0, top_k=0, top_p=1.0, repetition=1.0)
+ROUNDS, STEPS, SEEDS = 3, 200, 3
+
+
+def endless_tokenizer(vocab_size):
+    """Nothing stops and nothing is decoded: every answer has as many tokens as it may."""
+    tokenizer = Tokenizer(train_bpe(["a few words, so that the ids exist"] * 2, 300))
+    tokenizer.special = {name: -1 for name in tokenizer.special}
+    tokenizer.n_vocab, tokenizer.encoding = vocab_size, SimpleNamespace(decode_bytes=lambda ids: b"")
+    return tokenizer
+
+
+def peers():
+    """{case: {arm: seconds}} of 48 new tokens each."""
+    torch.manual_seed(0)
+    model = Compass(replace(CONFIGS["tiny"], n_shared=0, max_seq_len=1024)).eval()
+    tokenizer, theirs = endless_tokenizer(4096), twin(model).eval()
+    results = {}
+    for case, prompts, length, n in (
+        ("32 answers to one prompt of 128", 1, 128, 32), ("32 answers to one prompt of 768", 1, 768, 32),
+        ("32 prompts of 128", 32, 128, 1), ("32 prompts of 768", 32, 768, 1), ("one prompt of 128", 1, 128, 1),
+    ):  # fmt: skip
+        prompts_BT = torch.randint(4096, (prompts, length))
+
+        def ours(prompts_BT=prompts_BT, n=n):
+            return generate(model, tokenizer, prompts_BT.tolist(), replace(FREE, max_tokens=48), n)
+
+        def peer(experts, prompts_BT=prompts_BT, n=n):
+            theirs.set_experts_implementation(experts)
+            theirs.set_attn_implementation("sdpa")  # eager attention (benchmarks.alignment_speed) and batched_mm were never faster
+            with torch.inference_mode():
+                theirs.generate(
+                    prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    num_return_sequences=n, max_new_tokens=48, min_new_tokens=48, use_cache=True, pad_token_id=0,
+                )  # fmt: skip
+
+        arms = {"ours": ours, **{f"transformers, {e}": lambda e=e, peer=peer: peer(e) for e in ("eager", "grouped_mm")}}
+        seconds = results[case] = medians(arms, ROUNDS)
+        seconds["best peer / ours"] = min(v for k, v in seconds.items() if k != "ours") / seconds["ours"]
+        print(case, json.dumps(seconds), flush=True)
+    return results
+
+
+def concurrency():
+    """{shape: {requests at once: figures}} of the engine alone."""
+    torch.manual_seed(0)
+    model, tokenizer, results = Compass(replace(CONFIGS["tiny"], max_seq_len=512)).eval(), endless_tokenizer(4096), {}
+    for shape, length, new in (("300 in, 50 out", 300, 50), ("256 in, 64 out", 256, 64)):
+        for at_once in (1, 4, 16, 64, 256):
+            engine = Engine(model, tokenizer, at_once, length + new)
+            steps = []
+            for prompt in torch.randint(4096, (at_once, length)).tolist():
+                engine.submit(prompt, Sampling(max_tokens=new))
+            busy = True
+            while busy:
+                began = time.perf_counter()
+                busy = engine.step()
+                steps.append(time.perf_counter() - began)
+            results.setdefault(shape, {})[at_once] = {
+                "tokens/s": at_once * new / sum(steps), "first token, s": steps[0], "later token, ms": 1e3 * statistics.median(steps[1:]),
+                "cache, MB": engine.bytes / 1e6,
+            }  # fmt: skip
+            print(shape, at_once, json.dumps(results[shape][at_once]), flush=True)
+    return results
+
+
+def bandwidth():
+    """Decoding one row of a model too large for the caches."""
+    config = CompassConfig(8, 1024, 16, 4, 64, 16, 4, 2, 512, 32_000, 256)
+    torch.manual_seed(0)
+    model, tokenizer = Compass(config).eval(), endless_tokenizer(32_000)
+    total, active = count_parameters(config)
+    read = 4 * (active - config.vocab_size * config.dim)  # of the embedding one row is read
+    large = torch.randn(300_000_000)
+    engine = Engine(model, tokenizer, 1)
+    engine.submit(list(range(16)), replace(GREEDY, max_tokens=200))
+    engine.step()
+    seconds = medians({"sum": large.sum, "step": engine.step}, 30)
+    limit, ours = 4 * len(large) / seconds["sum"], read / seconds["step"]
+    results = {"parameters": total, "GB a token": read / 1e9, "limit, GB/s": limit / 1e9, "ours, GB/s": ours / 1e9, "share": ours / limit,
+               "tokens/s": 1 / seconds["step"]}  # fmt: skip
+    print(json.dumps(results))
+    return results
+
+
+def length():
+    """Milliseconds of a step of 16 rows by tokens already there; attention is the part that may grow."""
+    torch.manual_seed(0)
+    model, tokenizer = Compass(replace(CONFIGS["tiny"], max_seq_len=2048)).eval(), endless_tokenizer(4096)
+    engine, steps = Engine(model, tokenizer, 16, 2048), []
+    for i in range(16):
+        engine.submit([i, 5], replace(FREE, max_tokens=2000))
+    for _ in range(1990):
+        began = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - began)
+    results = {f"{at}": 1e3 * statistics.median(steps[at - 50 : at + 50]) for at in (100, 500, 1000, 1500, 1900)}
+    print("ms a step by tokens of the answer", results)
+    return results
+
+
+def drafting(model, tokenizer, held):
+    """Greedy answers of 96 tokens to the first 32 of held-out documents, one at a time, plain and drafting in turns."""
+    prompts = [tokenizer.encode(document["text"])[:32] for document in held[::40]][:8]
+    engines = {draft: Engine(model, tokenizer, 1, draft=draft) for draft in (False, True)}
+    seconds, ids = {False: 0.0, True: 0.0}, {False: [], True: []}
+    for _ in range(3):
+        for prompt in prompts:
+            for draft, engine in engines.items():
+                request = engine.submit(prompt, GREEDY)
+                began = time.perf_counter()
+                engine.run()
+                seconds[draft] += time.perf_counter() - began
+                ids[draft].append(request.ids)
+    assert ids[False] == ids[True]
+    return {"accepted": engines[True].accepted / engines[True].drafted, "speed-up": seconds[False] / seconds[True]}
+
+
+def mtp_run(depth, seed, tokenised, tokenizer, held):
+    """Train one arm; its figures."""
+    recipe = RECIPES["tiny_v3"]["general"]
+    schedule = recipe.schedule._replace(steps=STEPS)
+    torch.manual_seed(seed)
+    model = Compass(replace(CONFIGS["tiny_v3"], mtp_depth=depth))
+    batches = TokenRows(tokenised, recipe.seq_len, seed).batches(recipe.rows, recipe.micro_rows)
+    optimizer, seconds = make_optimizer(model, schedule.beta2), []
+    for step in range(STEPS):
+        batch, began = batches(step), time.perf_counter()
+        _train_step(model, optimizer, batch, language_model_loss, lr_at(step, schedule), torch.device("cpu"))
+        seconds.append(time.perf_counter() - began)
+    model.eval()
+    figures = {"bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values()))), "ms": 1e3 * statistics.median(seconds)}
+    return figures | (drafting(model, tokenizer, held) if depth else {})
+
+
+def mtp():
+    """The runs that the log lacks, then their summary."""
+    documents = list(market.documents("general", 0, per_language=800))
+    held = list(market.documents("general", 0, "test", per_language=40))
+    tokenizer, runs = train_tokenizer(documents, CONFIGS["tiny_v3"].vocab_size), []
+    tokenised = Tokenised(documents, tokenizer)
+    if os.path.exists(LOG):
+        with open(LOG) as file:
+            runs = [json.loads(line) for line in file]
+    for seed in range(SEEDS):
+        for depth in (1, 0):
+            if not any((run["depth"], run["seed"]) == (depth, seed) for run in runs):
+                runs.append({"depth": depth, "seed": seed, **mtp_run(depth, seed, tokenised, tokenizer, held)})
+                print(json.dumps(runs[-1]), flush=True)
+                with open(LOG, "a") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+    runs.sort(key=lambda run: (run["depth"], run["seed"]))
+    off, on = runs[:SEEDS], runs[SEEDS:]
+    difference = [b["bits"] - a["bits"] for a, b in zip(off, on, strict=True)]
+    results = {
+        "bits per byte without": [run["bits"] for run in off], "with": [run["bits"] for run in on],
+        "difference, mean and spread": [float(np.mean(difference)), float(np.std(difference, ddof=1))],
+        "accepted": [run["accepted"] for run in on], "speed-up": [run["speed-up"] for run in on],
+        "ms a training step, without and with": [statistics.median(run["ms"] for run in arm) for arm in (off, on)],
+    }  # fmt: skip
+    print(json.dumps(results, indent=1))
+    return results
+
+
+def plot(results, path):
+    """Throughput by concurrency, and the time of a step by length."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for shape, rows in results["concurrency"].items():
+        left.plot([int(n) for n in rows], [row["tokens/s"] for row in rows.values()], "o-", label=shape)
+    left.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="tokens/s, prefill included", title="throughput of `tiny`")
+    left.legend()
+    steps = results["length"]
+    right.plot([int(at) for at in steps], list(steps.values()), "o-")
+    right.set(xlabel="tokens of the answer", ylabel="ms a step of 16 rows", title="cost of a step", ylim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.4)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parts = {"peers": peers, "concurrency": concurrency, "bandwidth": bandwidth, "length": length, "mtp": mtp}
+    args = cli.parse(__doc__, "stage", stage=dict(choices=list(parts), default=None, help="one part (default: all)"))
+    path = os.path.join(RESULTS, "generation.json")
+    results = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            results = json.load(file)
+    for name in parts if args.stage is None else (args.stage,):
+        results[name] = parts[name]()
+        results.setdefault("threads", {})[name] = torch.get_num_threads()
+        results = json.loads(json.dumps(results))  # its keys are text now, as they will be when read again
+        with open(path, "w") as file:
+            json.dump(results, file, indent=1)
+    if {"concurrency", "length"} <= results.keys():
+        plot(results, path.replace(".json", ".png"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,280 @@
+"""What quantization costs and buys: quality and size on a trained run, speed on a model that memory bounds, outliers and a rare language.
+
+Quality (v2 Table 5) of FP32, both FP8, RTN and AWQ on held-out tasks: accuracy, the share of greedy answers that differ from FP32's, the
+loss on the reference answers, and at the same places the divergence KL(FP32 || quantized), the most sensitive of them. What depends
+on calibration is measured for three seeds that change its texts. Size: the checkpoint on disk, and what the loaded model holds.
+
+Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batch 1, 8 and 64, arms taking turns, prefill subtracted.
+
+A rare language and outlier channels (v3): the norms' weights of a few channels are multiplied by a factor and their consumers' columns
+divided by it, which changes nothing in fp32; calibration then sees no Thai, or is chosen by `oversample` from texts where some are.
+
+    python -m benchmarks.quantization --run checkpoints/tiny      # about 6 minutes on two cores
+    python -m benchmarks.quantization --part speed                # one part alone: quality, speed or rare
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import cli
+from benchmarks.vocabulary import RESULTS
+from checkpoint import latest_stage, load_latest, load_model, save_checkpoint
+from compass import CONFIGS, Compass
+from data import market
+from data.tasks import fingerprint, tasks, training
+from evaluate import accuracy, answer_tasks
+from generate import GREEDY, generate
+from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack, with_quantized
+from quantize import GROUP, calibration_pool, oversample, quantize_model
+from sft import chat_of
+from tokenizer import Tokenizer, train_bpe
+
+SEEDS, PER_TASK = 3, 2
+ARMS = {"RTN int4": "rtn", "AWQ int4": "awq", "FP8, naive": "fp8-naive", "FP8, expert-aware": "fp8"}
+SEARCHED = ("awq", "fp8")  # the others do not depend on calibration
+LARGE = dataclasses.replace(
+    CONFIGS["small"], n_layers=12, n_heads=16, n_kv_heads=4, n_experts=16, expert_dim=384, vocab_size=8192, max_seq_len=1024
+)  # fmt: skip
+BATCHES, NEW, ROUNDS = (1, 8, 64), 16, 3
+RARE, NARROW, CHANNELS, FACTORS = "th", 8, 4, (1, 100, 100_000)
+
+
+def held(model):
+    """Bytes of a model's parameters and of its quantized tensors in every form it keeps."""
+    packed = [t for m in model.modules() if isinstance(m, Int4Linear) and m.packed for pair in m.packed for t in pair]
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers(), *packed])
+
+
+def on_disk(model, dtype):
+    """Bytes of its checkpoint, what is not quantized in `dtype`."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(os.path.join(folder, "step_0.pt"), model)
+        return os.path.getsize(os.path.join(folder, "step_0.pt"))
+
+
+def reloaded(model):
+    """The model as a user gets it: saved, loaded, packed."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(os.path.join(folder, "quantized", "step_0.pt"), model)
+        return load_quantized(load_latest(folder, "quantized"))
+
+
+def conversations(tasks, tokenizer, context):
+    """[(lang, ids (1, T), mask (T - 1,) of the answer's tokens), …] of tasks with their reference answers."""
+    samples = []
+    for task in tasks:
+        ids, mask = tokenizer.encode_chat(chat_of(task, thinking="think" in task), thinking="think" in task)
+        if len(ids) <= context:
+            samples.append((task["lang"], torch.tensor([ids]), torch.tensor(mask[1:], dtype=torch.bool)))
+    return samples
+
+
+@torch.inference_mode()
+def answer_logprobs(model, samples):
+    """Log-probabilities (A, V) at the A answer tokens of each sample."""
+    return [model(ids_1T)[0, :-1][mask_T].float().log_softmax(-1) for _, ids_1T, mask_T in samples]
+
+
+def damage(model, exact, samples):
+    """({lang: loss}, {lang: divergence}): nats per token of the reference answers, and KL(exact || model) there, exact from FP32."""
+    sums = defaultdict(lambda: torch.zeros(3))
+    for (lang, ids_1T, mask_T), logp_AV, exact_AV in zip(samples, answer_logprobs(model, samples), exact, strict=True):
+        nll = -logp_AV.gather(1, ids_1T[0, 1:][mask_T].unsqueeze(1)).sum()
+        sums[lang] += torch.stack([nll, (exact_AV.exp() * (exact_AV - logp_AV)).sum(), mask_T.sum()])
+    return tuple({lang: (s[i] / s[2]).item() for lang, s in sums.items()} for i in (0, 1))
+
+
+def measure(model, exact, tokenizer, test, samples, reference=None):
+    """{"loss", "divergence", "accuracy", "differ", "answers"}: means over languages; share of answers unlike the reference's."""
+    loss, divergence = (statistics.mean(by_language.values()) for by_language in damage(model, exact, samples))
+    answers = [answer for _, answer in answer_tasks(model, tokenizer, test, thinking=True)]
+    differ = sum(a != b for a, b in zip(answers, reference or answers, strict=True)) / len(answers)
+    right = accuracy(test, answers)["overall"]
+    return {"loss": loss, "divergence": divergence, "accuracy": right, "differ": differ, "answers": answers}
+
+
+def quality(model, tokenizer, dtype):
+    test, context = tasks("test", 0, PER_TASK), model.config.max_seq_len
+    samples = conversations(test, tokenizer, context)
+    exact = answer_logprobs(model, samples)
+    full = measure(model, exact, tokenizer, test, samples)
+    results = {"FP32": {"disk": on_disk(model, dtype), "memory": held(model), "runs": [full]}}
+    for name, method in ARMS.items():
+        runs = []
+        for seed in range(SEEDS if method in SEARCHED else 1):
+            pool = calibration_pool(tokenizer, None, context, seed)
+            quantized = quantize_model(model, [pool[i] for i in oversample(model, pool)], method, seed=seed)
+            error = statistics.mean(entry["after"] for entry in quantized.report)
+            disk, packed = on_disk(quantized, dtype), reloaded(quantized)
+            runs.append({**measure(packed, exact, tokenizer, test, samples, full["answers"]), "layer error": error})
+            print(name, {key: round(value, 4) for key, value in runs[-1].items() if key != "answers"}, flush=True)
+        results[name] = {"disk": disk, "memory": held(packed), "runs": runs}
+    for result in results.values():
+        for run in result["runs"]:
+            del run["answers"]
+    return {"tasks_hash": fingerprint(test), "tasks": len(test), "arms": results}
+
+
+def large_models():
+    """{arm: random model}: FP32; int4 and FP8 numbers drawn directly, packed, with the input scales that a search leaves."""
+    torch.manual_seed(0)
+    models = {"FP32": Compass(LARGE).eval()}
+    sizes, weights = matrices(LARGE), {"int4 (AWQ, RTN)": {}, "FP8": {}}
+    for name, (E, F, D) in sizes.items():
+        c, scale = None if name.endswith("down") else torch.ones(E, D, dtype=torch.bfloat16), D**-0.5 / 4.6
+        stored = torch.randint(256, (E, F, D // 2), dtype=torch.uint8), torch.full((E, F, D // GROUP), scale, dtype=torch.bfloat16)
+        weights["int4 (AWQ, RTN)"][name] = Int4Linear(*stored, torch.full((E, F, D // GROUP), 8, dtype=torch.uint8), c)
+        weights["FP8"][name] = FP8Linear(torch.randn(E, F, D).to(torch.float8_e4m3fn), torch.full((E, F), D**-0.5), c)
+    kept = {name: p for name, p in models["FP32"].named_parameters() if not name.startswith(tuple(sizes))}
+    kept = {name: p.detach() for name, p in kept.items() if not name.endswith(("ED2F", "EFD"))}
+    for name, modules in weights.items():
+        models[name] = with_quantized(LARGE, modules, kept)
+        pack(models[name])
+    return models
+
+
+def speed():
+    """{"memory": {arm: bytes}, "tokens/s": {arm: {batch: best of ROUNDS}}} of greedy decoding."""
+    tokenizer, models = Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500)), large_models()
+    with torch.no_grad():  # no answer stops early: the stop tokens' logits are 0, never the largest
+        for model in models.values():
+            model.head.weight[list(tokenizer.special.values())] = 0
+    rates = {name: {batch: [] for batch in BATCHES} for name in models}
+    for batch in BATCHES:
+        prompts = [[1 + row, 7, 9, 300] for row in range(batch)]
+        for _ in range(ROUNDS):
+            for name, model in models.items():
+                seconds = []
+                for tokens in (1, 1 + NEW):  # the difference is NEW steps, without the prefill
+                    began = time.perf_counter()
+                    made = generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, max_tokens=tokens), max_rows=batch)
+                    seconds.append(time.perf_counter() - began)
+                    assert all(len(completion.ids) == tokens for completion in made)
+                rates[name][batch].append(batch * NEW / (seconds[1] - seconds[0]))
+        print(batch, {name: f"{max(rates[name][batch]):.1f}" for name in models}, flush=True)
+    best = {name: {batch: max(values) for batch, values in by_batch.items()} for name, by_batch in rates.items()}
+    return {"threads": torch.get_num_threads(), "memory": {name: held(model) for name, model in models.items()}, "tokens/s": best}
+
+
+@torch.no_grad()
+def with_outliers(model, factor):
+    """The same function with `factor` times larger activations in a few channels after both norms of every layer."""
+    model, channels = copy.deepcopy(model), random.Random(0).sample(range(model.config.dim), CHANNELS)
+    for block in model.blocks:
+        moe = block.feed_forward
+        block.attention_norm.weight[channels] *= factor
+        block.feed_forward_norm.weight[channels] *= factor
+        for weight in (block.attention.qkv.weight, moe.router.weight, moe.shared.gate_up.weight):
+            weight[:, channels] /= factor
+        moe.gate_up_ED2F[:, channels] /= factor
+    return model
+
+
+def rare(model, tokenizer):
+    """{factor: {arm: {"others", "rare": divergence from FP32 in nats a token, "loss others", "loss rare", "texts", "least"}}}.
+
+    Narrow calibration sees NARROW conversations, none of them in Thai; expert-aware calibration adds what `oversample` takes from 500 more,
+    16 of them in Thai. least: tokens that the rarest expert of a layer saw.
+    """
+    context, texts = model.config.max_seq_len, training(0, 128)
+    random.Random(0).shuffle(texts)
+    plain, thai = ([t for t in texts if (t["lang"] == RARE) == wanted] for wanted in (False, True))
+    more = plain[NARROW:484] + thai[:16]
+    random.Random(1).shuffle(more)
+    pool = [ids for _, ids, _ in conversations(plain[:NARROW] + more, tokenizer, context)]
+    samples, results = conversations(tasks("test", 0, PER_TASK), tokenizer, context), {}
+    exact = answer_logprobs(model, samples)
+    for factor in FACTORS:
+        changed, results[factor] = with_outliers(model, factor), {}
+        wide = [pool[i] for i in oversample(changed, pool, first=NARROW)]
+        arms = {"RTN int4": ("rtn", wide), "FP8, naive": ("fp8-naive", wide)}
+        for name, method in (("AWQ int4", "awq"), ("FP8, smoothed", "fp8")):
+            arms |= {f"{name}, calibrated without": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
+        for name, (method, batches) in arms.items():
+            arm = quantize_model(changed, batches, method)
+            loss, divergence = damage(reloaded(arm), exact, samples)
+            others = [lang for lang in loss if lang != RARE]
+            results[factor][name] = {
+                "others": statistics.mean(divergence[lang] for lang in others), "rare": divergence[RARE],
+                "loss others": statistics.mean(loss[lang] for lang in others), "loss rare": loss[RARE],
+                "texts": len(batches), "least": min(entry["tokens"] for entry in arm.report),
+            }  # fmt: skip
+            print(factor, name, {key: round(value, 5) for key, value in results[factor][name].items()}, flush=True)
+    return results
+
+
+def plot(results, path):
+    """Quality against size, decoding speed, and the loss that outliers cost."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
+    if "quality" in results:
+        for name, arm in results["quality"]["arms"].items():
+            values = [run["divergence"] for run in arm["runs"]]
+            axes[0].errorbar(arm["disk"] / 1e6, statistics.mean(values), (max(values) - min(values)) / 2, fmt="o", capsize=3, label=name)
+        axes[0].set(xlabel="MB on disk", ylabel="divergence from FP32, nats a token", title="quality and size, the trained run")
+        axes[0].legend(fontsize=8)
+    if "speed" in results:
+        rates = results["speed"]["tokens/s"]
+        for i, (name, by_batch) in enumerate(rates.items()):
+            ratios = [value / rates["FP32"][batch] for batch, value in by_batch.items()]
+            axes[1].bar([x + 0.27 * (i - 1) for x in range(len(ratios))], ratios, 0.25, label=name)
+        axes[1].set_xticks(range(len(BATCHES)), [f"batch {batch}" for batch in BATCHES])
+        axes[1].set(ylabel="times FP32", title="decoding, random model of 300M")
+        axes[1].legend(fontsize=8)
+    if "rare" in results:
+        factor = max(results["rare"], key=int)
+        arms = results["rare"][factor]
+        for i, side in enumerate(("others", "rare")):
+            cost = [arm[side] for arm in arms.values()]
+            axes[2].barh([y + 0.4 * i for y in range(len(cost))], cost, 0.38, label="Thai" if side == "rare" else "seven others")
+        axes[2].set_yticks([y + 0.2 for y in range(len(arms))], arms, fontsize=8)
+        axes[2].set(xscale="log", xlabel="divergence from FP32, nats a token", title=f"{CHANNELS} outlier channels, times {int(factor):,}")
+        axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    args = cli.parse(
+        __doc__, "run", run=dict(default="checkpoints/tiny"), part=dict(default="all", choices=("all", "quality", "speed", "rare"))
+    )  # fmt: skip
+    path = os.path.join(RESULTS, "quantization")
+    results = {}
+    if args.part != "all" and os.path.exists(path + ".json"):  # one part measured anew, the others kept
+        with open(path + ".json") as file:
+            results = json.load(file)
+    if args.part in ("all", "speed"):
+        results["speed"] = speed()
+    if args.part in ("all", "quality", "rare"):
+        tokenizer, state = Tokenizer.load(args.run), load_latest(args.run, latest_stage(args.run))
+        model, dtype = load_model(state).eval(), state["model"]["embedding.weight"].dtype
+        results["checkpoint"] = {"run": args.run, "stage": state["stage"], "step": state["step"]}
+        if args.part != "rare":
+            results["quality"] = quality(model, tokenizer, dtype)
+        if args.part != "quality":
+            results["rare"] = rare(model, tokenizer)
+    results = json.loads(json.dumps(results))  # keys as they will be read again
+    with open(path + ".json", "w") as file:
+        json.dump(results, file, indent=1)
+    plot(results, path + ".png")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,128 @@
+"""Pipeline parallelism: stages of layers on different ranks, micro-batches flowing through them (1F1B, or interleaved: VPP).
+
+Each rank of the pp axis holds one run of layers (vpp runs, interleaved); the first also the embedding, the last the norm and the
+head. A stage's aux and z losses never travel: a function that passes the hidden state through puts their gradient in on the way
+back. All other axes work inside the stages as in parallel.py, and the sums equal those of a single process.
+
+Shapes: B rows, T tokens, D model width, N tokens, L layers, E experts.
+
+    torchrun --nproc-per-node 2 -- train.py --parallel pp=2          # 1F1B
+    torchrun --nproc-per-node 2 -- train.py --parallel pp=2,vpp=2    # interleaved, where there are at least 4 layers
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from cli import InputError
+from compass import Compass, rope_table
+from parallel import parallelize
+
+
+class _Inject(torch.autograd.Function):
+    """x_BTD unchanged; its backward also starts the backward of a loss, with gradient 1."""
+
+    @staticmethod
+    def forward(ctx, x_BTD, loss):
+        return x_BTD.view_as(x_BTD)
+
+    @staticmethod
+    def backward(ctx, grad_BTD):
+        return grad_BTD, torch.ones((), dtype=torch.float32, device=grad_BTD.device)
+
+
+class Stage(Compass):
+    """Some layers of a Compass; parameters keep the names they have in the whole."""
+
+    def __init__(self, config, layers, first, last):
+        super().__init__(config)
+        self.blocks = nn.ModuleDict({str(i): self.blocks[i] for i in layers})
+        self.first, self.last = first, last
+        if not first:
+            self.embedding = None
+        if not last:
+            self.norm = self.head = None
+        self.total, self.logged = 1.0, {}  # weight of the whole batch; sums of this rank's metrics
+
+    def forward(self, x, *, targets_BT, weights_BT, doc_ids_BT, positions_BT):
+        """tokens_BT (first stage) or h_BTD -> h_BTD, or (last stage) this rank's share of the batch's loss."""
+        rope = rope_table(self.ranks.part(positions_BT), self.config.head_dim, self.config.rope_base)
+        mask, routing = self.ranks.mask(doc_ids_BT), []
+        x_BTD = self.embedding(self.ranks.part(x)) if self.first else x
+        for block in self.blocks.values():
+            x_BTD, routed = block(x_BTD, rope, mask)
+            routing.append(routed)
+        valid_BT = doc_ids_BT >= 0
+        aux, z, load = self._router_losses(routing, self.ranks.part(valid_BT).reshape(-1))
+        weights_BT = weights_BT * valid_BT
+        own = weights_BT.sum()
+        share = self.ranks.sum(own) / self.total  # of the micro-step in the batch
+        aux, z = (loss * share * len(routing) / self.config.n_layers for loss in (aux, z))
+        extra = self.router_scale * (self.config.aux_weight * aux + self.config.z_weight * z)
+        load_LE = load.new_zeros(self.config.n_layers, self.config.n_experts)
+        load_LE[[int(i) for i in self.blocks]] = load * (own / self.total)
+        lm = self._cross_entropy(x_BTD, targets_BT, weights_BT)[0] * share if self.last else extra.new_zeros(())
+        for name, value in (("lm", lm), ("aux", aux), ("z", z), ("load", load_LE), ("loss", lm + extra)):
+            self.logged[name] = self.logged.get(name, 0.0) + value.detach()
+        return lm + extra if self.last else _Inject.apply(x_BTD, extra)
+
+
+class Pipeline(nn.Module):
+    """This rank's stages; `accumulate` runs a batch through the whole pipeline, forward and backward."""
+
+    def __init__(self, config, ranks):
+        super().__init__()
+        pp, vpp = ranks.layout.pp, ranks.layout.vpp
+        self.config, self.ranks, self.router_scale, self.mtp_scale = config, ranks, 1.0, 0.0
+        if config.mtp_depth:
+            raise InputError("--parallel pp does not serve multi-token prediction, whose block needs the first stage's embedding")
+        runs, count = np.array_split(range(config.n_layers), pp * vpp), pp * vpp
+        self.indices = range(ranks.mesh.get_local_rank("pp"), count, pp)
+        self.count = count
+        self.stages = nn.ModuleList(Stage(config, runs[i].tolist(), i == 0, i == count - 1) for i in self.indices)
+
+    def named_parameters(self, *args, **kwargs):
+        for stage in self.stages:
+            yield from stage.named_parameters(*args, **kwargs)
+
+    def schedule(self, micro_batches, device):
+        """torch's schedule for so many micro-batches of this shape."""
+        B, T = micro_batches[0]["tokens"].shape
+        if any(batch["tokens"].shape != (B, T) for batch in micro_batches):
+            raise InputError("pipeline stages need micro-batches of one shape: take rows that the ranks and micro-batches divide")
+        h_BTD = torch.empty(B, T // self.ranks.layout.cp, self.config.dim, device="meta", dtype=self.dtype, requires_grad=True)
+        tokens, loss = torch.empty(B, T, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
+        stages = [
+            PipelineStage(stage, i, self.count, device, input_args=tokens if stage.first else h_BTD,
+                          output_args=loss if stage.last else h_BTD, group=self.ranks.mesh["pp"].get_group())
+            for i, stage in zip(self.indices, self.stages, strict=True)
+        ]  # fmt: skip
+        if len(stages) == 1:
+            return Schedule1F1B(stages[0], len(micro_batches), lambda loss, _: loss, scale_grads=False)
+        return ScheduleInterleaved1F1B(stages, len(micro_batches), lambda loss, _: loss, scale_grads=False)
+
+    def accumulate(self, micro_batches, total, device):
+        """Gradients of this rank's micro-batches; returns (loss, {metric: tensor}), still to be summed over the data ranks."""
+        for stage in self.stages:
+            stage.total, stage.router_scale, stage.logged = total, self.router_scale, {}
+        batch = {f"{name}_BT": torch.cat([b[name] for b in micro_batches]).to(device) for name in micro_batches[0]}
+        tokens_BT = batch.pop("tokens_BT")
+        inputs = (tokens_BT,) if self.stages[0].first else ()
+        self.schedule(micro_batches, device).step(*inputs, target=batch["targets_BT"], return_outputs=False, **batch)
+        metrics = {name: sum(stage.logged[name] for stage in self.stages) for name in self.stages[0].logged}
+        for value in metrics.values():
+            dist.all_reduce(value, group=self.ranks.mesh["pp"].get_group())
+        return metrics.pop("loss"), {**metrics, "mtp": torch.zeros((), device=device)}
+
+
+def build_pipeline(config, ranks, device, recompute):
+    """This rank's stages, parallelized, with empty weights; see parallel.build."""
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    with torch.device("meta"):
+        pipeline = Pipeline(config, ranks)
+    pipeline.dtype = dtype or torch.float32  # of what travels
+    for stage in pipeline.stages:
+        parallelize(stage, ranks, recompute=recompute, dtype=dtype)
+    return pipeline.to_empty(device=device)

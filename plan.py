@@ -1,0 +1,370 @@
+"""The plan of a full-size run, made on a machine without a GPU: memory, traffic, FLOPs and time of one rank.
+
+The full model is built and sharded by parallel.py over tensors without content (FakeTensor) and a process group without
+partners, and runs real training code. What torch's tracker counts stands beside a formula a reader can check by hand; a gap
+over 5 % is an error. Attention counts as the causal flash kernel it is on a GPU, which keeps no scores.
+
+Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D, F, V, E, K, L as in compass.py.
+
+    python parallel.py --config v2_30b --gpus 64                  # general stage, 4k
+    python parallel.py --config v3_245b --gpus 512 --stage long   # 128k
+"""
+
+import collections
+import contextlib
+import functools
+import math
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import compass
+import kernels
+import parallel
+from cli import InputError
+from compass import Compass, config_named
+from parallel import Ranks, layout_of, parallelize
+from train import CLIP, RECIPES, make_optimizer
+
+GPU_MEMORY, LEFT_FREE, NODE = 80e9, 0.1, 8  # bytes; share for CUDA, NCCL and fragmentation; GPUs a node
+PEAK_FLOPS, LINK, NETWORK = 989e12, 450e9, 50e9  # H100: bf16 FLOP/s, NVLink and network bytes/s of one GPU, one direction
+LARGEST_GAP = 0.05  # between tracker and formula
+# (config, context) -> layout and rows of a micro-step; what is not named takes "ep=8" and one row
+LAYOUTS = {
+    ("v2_30b", 4096): ("ep=8", 6), ("v2_30b", 32_768): ("ep=8,cp=4", 3), ("v3_245b", 8192): ("ep=8", 2),
+    ("v3_245b", 32_768): ("ep=8,cp=2", 1), ("v3_245b", 131_072): ("ep=8,cp=8", 1),
+}  # fmt: skip
+
+
+def traffic(collective, size, ranks, peers_in_node):
+    """Bytes a GPU receives (inside its node, over the network) for a collective on `size` bytes of the whole tensor.
+
+    A node's GPUs share what must come from outside, each through its own network card.
+    """
+    P, g = ranks, peers_in_node
+    if collective == "all_to_all":
+        return size * (g - 1) / P, size * (P - g) / P
+    times = 2 if collective == "all_reduce" else 1  # reduce, then gather
+    outside = times * size * (P - g) / P / g
+    return times * size * (P - 1) / P - outside, outside
+
+
+class Accountant(TorchDispatchMode):
+    """Counts what passes: FLOPs, and bytes received by (collective, link)."""
+
+    KINDS = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce",
+             "all_reduce": "all_reduce", "all_to_all": "all_to_all"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.bytes = 0, collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in name:
+            self._note(name, args, out)
+        elif name == "addmm_":
+            self.flops += flop_registry[torch.ops.aten.addmm](*args, out_val=out)
+        elif func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif name == "_grouped_mm":
+            self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
+        elif name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+            backward = "backward" in name
+            q, k = args[backward : backward + 2]
+            products = 5 if backward else 2  # the backward pass makes the scores again
+            self.flops += products * q.numel() * k.shape[2]  # 2 FLOPs, of which the causal mask leaves half
+        return out
+
+    def _note(self, name, args, out):
+        kind = next(kind for start, kind in self.KINDS.items() if name.strip("_").startswith(start))
+        handles = [a for a in args if isinstance(a, torch.ScriptObject)]
+        group = dist.ProcessGroup.unbox(handles[0]) if handles else dist.distributed_c10d._resolve_process_group(args[-1])
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+        size = max(t.numel() * t.element_size() for t in tensors)
+        ranks = dist.get_process_group_ranks(group)
+        inside = sum(rank // NODE == ranks[0] // NODE for rank in ranks)
+        for link, received in zip(("node", "network"), traffic(kind, size, len(ranks), inside), strict=True):
+            self.bytes[kind, link] += received
+
+
+class NoLaunch:
+    """A Triton kernel that does nothing: what a GPU would allocate has been allocated when it is launched."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+class FusedNorm(torch.autograd.Function):
+    """What RMSNorm allocates and keeps on a GPU, where it is one kernel; a CPU would keep fp32 copies."""
+
+    @staticmethod
+    def forward(ctx, x_BTD, weight):
+        ctx.save_for_backward(x_BTD, weight, x_BTD.new_empty(x_BTD.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x_BTD)
+
+    @staticmethod
+    def backward(ctx, grad_BTD):
+        x_BTD, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x_BTD), torch.empty_like(weight)
+
+
+class PlannedRanks(Ranks):
+    def mask(self, doc_ids_BT):
+        return None  # plain causal, in whatever part: the shapes and the kept memory are those of the masked kernel
+
+
+def balanced_exchange(imbalance, sent_PE, got_PE, rows):
+    """parallel.exchange_sizes for tensors without content: an even spread out, `imbalance` times as much in."""
+    P = len(sent_PE)
+    return [rows // P] * P, [int(rows // P * imbalance)] * P
+
+
+def substitutes(imbalance):
+    """(owner, name, stand-in): what needs the values of tensors, and what a GPU does in another way than a CPU."""
+    yield compass, "rows_where", lambda mask: slice(None)
+    yield parallel, "exchange_sizes", functools.partial(balanced_exchange, imbalance)
+    yield torch.nn.RMSNorm, "forward", lambda norm, x_BTD: FusedNorm.apply(x_BTD, norm.weight)
+    if kernels.triton:
+        yield kernels, "use_triton", lambda x: True
+        for name in ("scatter_kernel", "gather_kernel", "gather_backward_kernel"):
+            yield kernels, name, NoLaunch()
+
+
+def tracked(config, layout, rows, T, imbalance=1.0):
+    """What one rank of the real code uses, as {row of the plan: bytes or FLOPs}: a step, then the micro-step that is counted."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout.axes.values()))
+    with torch.device("meta"):
+        model = Compass(config)
+    parallelize(model, PlannedRanks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
+    model.forward = Compass.loss.__get__(model)  # the tracker follows forward
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+        for owner, name, substitute in substitutes(imbalance):
+            stack.enter_context(mock.patch.object(owner, name, substitute))
+        model.to_empty(device="cpu")
+        optimizer = make_optimizer(model)
+        tokens_BT, weights_BT = torch.zeros(rows, T, dtype=torch.int64), torch.ones(rows, T)
+        model(tokens_BT, tokens_BT, weights_BT).total.backward()
+        model.ranks.clip(model.parameters(), CLIP)
+        optimizer.step()
+        # the gradients stay: from the second micro-step of a step on they lie beside the activations
+        with Accountant() as accountant, FSDPMemTracker(model, optimizer) as tracker:
+            total = model(tokens_BT, tokens_BT, weights_BT).total
+            kept = tracker.get_tracker_snapshot("current")[torch.device("cpu")]
+            total.backward()
+            peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    dist.destroy_process_group()
+    kept = {getattr(kind, "value", kind): size for kind, size in kept.items()}
+    return {
+        "parameters": kept["Sharded Param"], "gradients": kept["Sharded Grad"], "optimizer": kept["OptState"],
+        "activations": kept["Activation"], "peak": peak, "FLOPs": accountant.flops, **named(accountant.bytes),
+    }  # fmt: skip
+
+
+def named(counter):
+    """{(collective, link): bytes} under the names of the plan's rows; the all-reduces of single numbers are left out without tp."""
+    return {f"{kind}, {link}": size for (kind, link), size in counter.items() if size > 1e-3 * max(counter.values())}
+
+
+class Sizes:
+    """Numbers of parameters of one rank's modules, after tensor parallelism and expert parallelism but before FSDP."""
+
+    def __init__(self, c, layout):
+        S = c.n_shared * c.expert_dim
+        self.attention = c.dim * (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim // layout.tp
+        self.shared = 3 * c.dim * S // layout.tp
+        self.router = c.dim * c.n_experts
+        self.experts = c.n_experts * 3 * c.dim * c.expert_dim // layout.ep
+        self.block = self.attention + 2 * c.dim + self.shared  # gathered in bf16 over all data ranks
+        self.mtp_block = self.attention + 2 * c.dim + 3 * c.dim * (c.top_k + c.n_shared) * c.expert_dim // layout.tp
+        self.embedding = c.vocab_size * c.dim
+        self.root = self.embedding + c.dim + c.mtp_depth * (2 * c.dim * c.dim + 2 * c.dim)  # head, norms, what joins MTP's inputs
+        self.dense = c.n_layers * (self.block + self.router) + self.embedding + self.root + c.mtp_depth * self.mtp_block
+
+
+def formula(c, layout, rows, T, imbalance=1.0):
+    """The rows of `tracked` by hand. bf16 is 2 bytes, fp32 4; sizes in bytes per token are multiplied by N at the end."""
+    n, N = Sizes(c, layout), rows * T // layout.cp
+    data, experts = layout.dp * layout.cp * layout.ep, layout.dp * layout.cp
+    parameters = 4 * (n.dense / data + c.n_layers * n.experts / experts)
+    K, D, H, G, C, F, S = c.top_k, c.dim, c.n_heads, c.n_kv_heads, c.head_dim, c.expert_dim, c.n_shared * c.expert_dim // layout.tp
+    H, G = H // layout.tp, G // layout.tp
+    # kept from forward to backward: the input of every block, the final hidden state and its gradient, the router's outputs; the
+    # head's gradient, which the loss makes in its forward pass
+    routing = c.n_layers * (8 * c.n_experts + 8 * K) + 4 * C
+    kept = 2 * D * (c.n_layers + 2 + 6 * c.mtp_depth) + routing
+    head = 2 * n.embedding * (1 + c.mtp_depth)
+    # in the backward pass of a block all it made lies there again: queries, keys, values, output (on one cp rank v is a view of qkv);
+    # two norms, the sum between them, the incoming gradient and the router's fp32 input; rows in and out of the experts, gate, up,
+    # silu, product; the same for the shared experts
+    values = 2 * (H + 2 * G) * C if layout.cp == 1 else layout.cp * 4 * G * C
+    attention = values + 2 * (H + G) * C + 2 * H * C + 4 * H
+    K_in = K * imbalance
+    block = attention + 12 * D + 2 * K * D + 2 * K_in * D + 8 * K_in * F + 8 * S
+    in_recompute = 2 * D + 2 * K * D  # rows not yet handed back, and the experts' sum
+    in_shared_backward = 4 * S
+    gathered = 2 * n.root + 2 * (n.block + n.experts) + 2 * n.embedding * (c.mtp_depth > 0)
+    unsharded = 2 * n.root + (c.mtp_depth > 0) * (2 * n.embedding + 4 * n.mtp_block)  # gradients; MTP's are on their way to the ranks
+    block_moment = gathered + unsharded + N * (
+        2 * D * c.n_layers + routing + block + max(in_recompute, in_shared_backward)
+    ) + (2 * D * S if in_shared_backward > in_recompute else 0)  # fmt: skip
+    # at the very end head and embedding have their gradients, and the head's are copied to fp32 for the sum over ranks
+    end_moment = 2 * n.root + 2 * n.root + 2 * n.embedding + 4 * n.root * (1 + 1 / data)
+    peak = 4 * parameters + max(block_moment, end_moment)
+    return {
+        "parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters,
+        "activations": N * kept + head, "peak": peak, "FLOPs": flops(c, layout, N, T), **bytes_received(c, layout, N),
+    }  # fmt: skip
+
+
+def flops(c, layout, N, T):
+    """Of one rank and micro-step. Blocks run 4 times (forward, recomputed, two products in backward), but the last product of a
+    recomputed block is never needed; the head's three products all lie in the loss."""
+    n, D = Sizes(c, layout), c.dim
+    width = c.n_shared * c.expert_dim // layout.tp
+    dense_width = (c.top_k + c.n_shared) * c.expert_dim // layout.tp
+    routed = c.top_k * 3 * D * c.expert_dim
+    attention = 9 * c.n_heads // layout.tp * c.head_dim * T  # 2 products, again, and 5 in backward; half of each is masked
+    block = 8 * (n.attention + n.shared + n.router + routed) - 2 * width * D + attention
+    mtp = 8 * (n.mtp_block - 2 * D) - 2 * dense_width * D + attention + 6 * 2 * D * D
+    return N * (c.n_layers * block + c.mtp_depth * mtp + (1 + c.mtp_depth) * 6 * n.embedding)
+
+
+def bytes_received(c, layout, N):
+    """{"collective, link": bytes} of one rank and micro-step. Weights are gathered for forward and for backward (the root once), in
+    bf16 (the router in fp32), gradients are summed in fp32; rows go to their experts and back in forward, recomputation and backward."""
+    n, L, M = Sizes(c, layout), c.n_layers, c.mtp_depth
+    ep_peers = min(layout.ep, max(1, NODE // layout.tp))
+    cp_peers = min(layout.cp, max(1, NODE // (layout.tp * layout.ep)))
+    data = layout.dp * layout.cp * layout.ep, min(NODE // layout.tp, layout.dp * layout.cp * layout.ep)
+    experts = layout.dp * layout.cp, min(max(1, NODE // (layout.tp * layout.ep)), layout.dp * layout.cp)
+    counter = collections.Counter()
+    for kind, size, group in (
+        ("all_gather", 2 * L * (2 * n.block + 4 * n.router) + 2 * n.root + 2 * n.embedding * (2 + M) + 4 * M * n.mtp_block, data),
+        ("reduce_scatter", 4 * n.dense, data),
+        ("all_gather", 2 * 2 * L * n.experts, experts),
+        ("reduce_scatter", 4 * L * n.experts, experts),
+        ("all_to_all", 6 * L * 2 * N * c.top_k * c.dim, (layout.ep, ep_peers)),
+        ("all_gather", 2 * (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, (layout.cp, cp_peers)),
+        ("reduce_scatter", (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, (layout.cp, cp_peers)),
+        ("all_reduce", 5 * (L + M) * N * 2 * c.dim, (layout.tp, min(layout.tp, NODE))),
+    ):  # fmt: skip
+        for link, size_of_link in zip(("node", "network"), traffic(kind, size, *group), strict=True):
+            counter[kind, link] += size_of_link
+    return named(counter)
+
+
+def model_flops(c, T):
+    """Forward and backward FLOPs of a token, nothing computed twice: what MFU counts."""
+    n = Sizes(c, parallel.Layout())
+    active = c.n_layers * (n.attention + n.shared + n.router + c.top_k * 3 * c.dim * c.expert_dim) + n.embedding
+    mtp = c.mtp_depth * (n.mtp_block + 2 * c.dim * c.dim + n.embedding)
+    return 6 * (active + mtp) + 6 * (c.n_layers + c.mtp_depth) * c.n_heads * c.head_dim * T
+
+
+def checked(config, layout, rows, T, imbalance):
+    """Print tracker and formula side by side; InputError where they are too far apart. Returns the formula's rows."""
+    counted, by_hand = tracked(config, layout, rows, T, imbalance), formula(config, layout, rows, T, imbalance)
+    print(f"\n{'one GPU, one micro-step':26} {'tracker':>10} {'formula':>10}     gap")
+    worst = 0.0
+    for row in dict.fromkeys([*counted, *by_hand]):
+        a, b = counted.get(row, 0), by_hand.get(row, 0)
+        gap = abs(a - b) / max(a, b)
+        worst = max(worst, gap)
+        unit, scale = ("TFLOP", 1e12) if row == "FLOPs" else ("GB", 1e9)
+        print(f"{row:26} {a / scale:10.2f} {b / scale:10.2f} {unit:5} {100 * gap:5.2f} %")
+    if worst > LARGEST_GAP:
+        raise InputError(f"tracker and formula are {100 * worst:.1f} % apart, more than {100 * LARGEST_GAP:.0f} %: one of them is wrong")
+    return by_hand
+
+
+def step_time(config, layout, recipe, rows, mfu):
+    """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed."""
+    world, T = math.prod(layout.axes.values()), recipe.seq_len
+    micro_steps = math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
+    received = bytes_received(config, layout, rows * T // layout.cp)
+    seconds = recipe.rows * T * model_flops(config, T) / (world * PEAK_FLOPS * mfu)
+    links = [sum(size for row, size in received.items() if row.endswith(link)) for link in ("node", "network")]
+    return micro_steps, seconds, micro_steps * links[0] / LINK, micro_steps * links[1] / NETWORK
+
+
+def advice(config, gpus, T, rows):
+    """The first layout near by whose formula fits, as text."""
+    for cp in (1, 2, 4, 8, 16):
+        for few in sorted({rows, 1}, reverse=True):
+            text = f"ep=8,cp={cp}"
+            try:
+                layout = layout_of(text, gpus, config)
+            except InputError:
+                continue
+            if T % (2 * cp) == 0 and formula(config, layout, few, T)["peak"] <= (1 - LEFT_FREE) * GPU_MEMORY:
+                return f"--parallel {text} with --rows {few} fits by formula"
+    return "no layout with ep=8 and cp up to 16 fits by formula: take more GPUs"
+
+
+def pipeline_table(config, layout, recipe, rows):
+    """Bubble and memory of pipeline stages, by formula: 1F1B, and interleaved (VPP) with 2 chunks of layers a stage."""
+    pp, micro_steps = layout.pp, math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
+    whole = formula(config, layout._replace(pp=1), rows, recipe.seq_len)
+    kept = rows * recipe.seq_len // layout.cp * 2 * config.dim * config.n_layers / pp  # block inputs of one micro-batch
+    state = (whole["parameters"] + whole["gradients"] + whole["optimizer"]) / pp
+    # torch's stages gather weights (bf16) and sum gradients (fp32) once a step, not once a micro-step
+    sizes = Sizes(config, layout)
+    held = (2 + 4) * (config.n_layers / pp * (sizes.block + sizes.router + sizes.experts) + sizes.root / pp)
+    print(f"\npipeline of {pp} stages, {micro_steps} micro-steps, by formula   bubble   kept activations of the stages, GB")
+    for name, chunks in (("1F1B", 1), ("interleaved, 2 chunks", 2)):
+        bubble = (pp - 1) / (chunks * micro_steps + pp - 1)
+        if chunks == 1:
+            flying = [pp - stage for stage in range(pp)]
+        else:  # warm-up of Narayanan et al. 2021: 2 (pp - stage - 1) + (chunks - 1) pp chunks, and the one at work
+            flying = [(2 * (pp - stage - 1) + (chunks - 1) * pp + 1) / chunks for stage in range(pp)]
+        print(f"  {name:30} {100 * bubble:20.2f} %   {' '.join(f'{kept * min(n, micro_steps) / 1e9:.1f}' for n in flying)}")
+    total = state + held + pp * kept
+    print(f"  besides, a stage holds {state / 1e9:.1f} GB of shards and, until a step ends, {held / 1e9:.1f} GB of gathered weights and "
+          f"gradients:\n  1F1B needs at least {total / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB and "
+          + ("fits" if total <= (1 - LEFT_FREE) * GPU_MEMORY else "does not fit: take smaller stages, or leave pp at 1"))  # fmt: skip
+
+
+def report(args):
+    """Print the whole plan for the flags of parallel.py."""
+    config, stage = config_named(args.config), args.stage
+    recipe = RECIPES[args.config].get(stage)
+    if recipe is None:
+        raise InputError(f"--stage {stage} is not one of {', '.join(RECIPES[args.config])} of {args.config}")
+    T = recipe.seq_len
+    text, rows = LAYOUTS.get((args.config, T), ("ep=8", 1))
+    text, rows = args.parallel or text, args.rows or rows
+    layout = layout_of(text, args.gpus, config)
+    ways = layout.dp * layout.ep
+    print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
+    print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"
+          f"\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
+          f"{args.imbalance:g} times an even share")  # fmt: skip
+    if config.mtp_depth:
+        print("multi-token prediction is counted in every step; where the stage leaves it out, all is a little less")
+    if 0 < recipe.rows % (ways * rows) < ways:
+        raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
+    if layout.pp > 1:
+        pipeline_table(config, layout, recipe, rows)
+        return
+    peak = checked(config, layout, rows, T, args.imbalance)["peak"]
+    fits = peak <= (1 - LEFT_FREE) * GPU_MEMORY
+    print(f"\npeak {peak / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB, {LEFT_FREE:.0%} of which stay free for CUDA, NCCL and fragmentation: "
+          + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows)))  # fmt: skip
+    micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu)
+    print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink "
+          f"({LINK / 1e9:.0f} GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s, "
+          f"beside it where they overlap")  # fmt: skip
+    speed = recipe.rows * T / max(compute, node, network)
+    print(f"model FLOPs a token {model_flops(config, T) / 1e9:.1f} G; {speed:,.0f} tokens/s, {speed / args.gpus:,.0f} a GPU")
+    days = {name: r.schedule.steps * r.rows * r.seq_len * model_flops(config, r.seq_len) / (args.gpus * PEAK_FLOPS * args.mfu) / 86400
+            for name, r in RECIPES[args.config].items()}  # fmt: skip
+    tokens = {name: r.schedule.steps * r.rows * r.seq_len / 1e12 for name, r in RECIPES[args.config].items()}
+    print("days at that MFU: " + ", ".join(f"{name} {days[name]:.1f} ({tokens[name]:.2f}T tokens)" for name in days))

@@ -1,0 +1,122 @@
+"""Checkpoints of many ranks: a folder of shards that any number of ranks, in any layout, and a single process can load.
+
+Every rank writes its shards into its own file (torch.distributed.checkpoint); a manifest with everything small and the files'
+checksums comes last, and the folder gets its name only when all is there. Tensors lie in it as a single process has them, whatever
+tensor parallelism did to their rows.
+
+    torchrun --nproc-per-node 4 -- train.py --parallel ep=2 --stage general    # writes runs/demo/general/step_N.pt/
+    torchrun --nproc-per-node 2 -- train.py --stage anneal                     # two ranks go on from it; so does `python train.py`
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoint import MANIFEST, MOMENTS, checkpoints, file_sha256, load_checkpoint, read_manifest, verify_shards, write_atomically
+from cli import InputError
+from compass import Compass
+from parallel import packed_orders, sharded_like, unpacked
+
+
+def tensors_of(model, optimizer):
+    """{key: DTensor} of weights and moments, under the keys of a checkpoint's shards."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
+        if optimizer is not None:
+            state = optimizer.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), **{kind: torch.zeros_like(p) for kind in MOMENTS})
+            tensors.update({f"{kind}.{name}": state[kind] for kind in MOMENTS})
+    return tensors
+
+
+def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=0):
+    """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file.
+
+    Any number of ranks in any layout can load it, and so can a single process (checkpoint.load_checkpoint).
+    """
+    orders, temporary = packed_orders(model), path + ".tmp"
+    tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()
+    try:
+        dcp.save(tensors, checkpoint_id=temporary)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
+    files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
+    files = {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]}
+    steps = {name: optimizer.state[p]["step"].item() for name, p in model.named_parameters()}
+    dist.all_gather_object(found, (files, steps))
+    if dist.get_rank() == 0:
+        files, steps = ({key: value for part in found for key, value in part[i].items()} for i in range(2))
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        by_decay = {g["weight_decay"]: g for g in settings}
+        manifest = {
+            "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "names": names_of(model.config), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
+            "optimizer_steps": steps, "files": files,
+        }  # fmt: skip
+        write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
+        os.rename(temporary, path)
+    dist.barrier()
+
+
+def names_of(config):
+    """Names of a whole model's parameters, in order."""
+    with torch.device("meta"):
+        return [name for name, _ in Compass(config).named_parameters()]
+
+
+@torch.no_grad()
+def restore(path, model, optimizer=None):
+    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its small part."""
+    orders, tensors = packed_orders(model), tensors_of(model, optimizer)
+    if not os.path.isdir(path):
+        state = load_checkpoint(path)
+        whole = {f"model.{name}": x for name, x in state["model"].items()}
+        names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
+        for i, name in enumerate(names if optimizer is not None else ()):
+            none = torch.zeros_like(whole[f"model.{name}"])
+            moments = state["optimizer"]["state"].get(i) or {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, none)}
+            whole.update({f"{kind}.{name}": moments[kind] for kind in MOMENTS})
+            state.setdefault("optimizer_steps", {})[name] = moments["step"].item()
+        for key, x in tensors.items():
+            x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
+    else:
+        state = read_manifest(path)
+        verify_shards(path, list(state["files"].items())[dist.get_rank() :: dist.get_world_size()])
+        loaded = {key: torch.empty_like(x) for key, x in tensors.items()}
+        dcp.load(loaded, checkpoint_id=path)
+        for key, x in tensors.items():
+            order = orders.get(key.partition(".")[2])
+            x.copy_(loaded[key] if order is None else sharded_like(loaded[key].full_tensor(), x, order))
+    if optimizer is not None:
+        for name, p in model.named_parameters():
+            optimizer.state[p]["step"].fill_(state["optimizer_steps"][name])
+    return state
+
+
+def restore_latest(run, stage, model, optimizer=None):
+    """`restore` from the newest checkpoint of a stage that every rank finds intact; torn ones are named and passed over."""
+    for path in checkpoints(run, stage):
+        state, problem = None, None
+        try:
+            state = restore(path, model, optimizer)
+        except InputError as error:
+            problem = str(error)
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            return state
+        print(f"{problem}; trying the one before it")
+    raise InputError(f"{run}/{stage} holds no intact checkpoint: run its stage first")

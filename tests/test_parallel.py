@@ -1,0 +1,341 @@
+"""parallel.py and plan.py: every layout on gloo processes equals one process, shards load anywhere, faults, the plan by hand."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+
+import parallel
+import plan
+import resharding
+from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics
+from compass import CONFIGS, Compass, count_parameters
+from data import market
+from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
+from pipeline import build_pipeline
+from train import Schedule, _train_step, fit, language_model_loss, make_optimizer
+
+CPU = torch.device("cpu")
+MICRO = dict(n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, expert_dim=16, vocab_size=512, max_seq_len=64)
+MODELS = {name: dataclasses.replace(CONFIGS[name], **MICRO) for name in ("tiny", "tiny_v3")}
+MODELS["without_mtp"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=0, n_layers=5)
+CASES = {  # world size -> [(model, layout, recompute)]
+    2: [
+        *((model, Layout(**{axis: 2}), False) for model in MODELS for axis in ("dp", "ep", "cp", "tp")),
+        ("tiny", Layout(ep=2), True),
+        ("tiny", Layout(pp=2), False),
+        ("without_mtp", Layout(pp=2, vpp=2), True),
+    ],
+    4: [
+        *((model, Layout(**dict.fromkeys(axes, 2)), False) for model in MODELS for axes in (("dp", "ep"), ("dp", "cp"), ("tp", "dp"))),
+        ("tiny_v3", Layout(cp=2, ep=2), True),
+        ("tiny", Layout(pp=2, ep=2), False),
+        ("without_mtp", Layout(pp=2, dp=2), False),
+        ("without_mtp", Layout(pp=2, ep=2, vpp=2), False),
+        ("without_mtp", Layout(pp=2, cp=2), False),
+        ("without_mtp", Layout(pp=2, tp=2), False),
+    ],
+}  # fmt: skip
+
+
+def batch_of(config, seed, rows=5, T=32):
+    """Random documents of uneven length, padding, targets that do not count; half the rows have few tokens, so few experts."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, targets = (torch.randint(0, config.vocab_size, (rows, T), generator=g) for _ in range(2))
+    tokens[: rows // 2] //= 100
+    doc_ids = torch.rand(rows, T, generator=g).lt(0.15).long().cumsum(1)
+    doc_ids[-1, -7:] = -1
+    starts = torch.cat((torch.ones(rows, 1, dtype=torch.bool), doc_ids[:, 1:] != doc_ids[:, :-1]), 1)
+    at = torch.arange(T).expand(rows, T)
+    positions = at - torch.where(starts, at, 0).cummax(1).values
+    weights = torch.rand(rows, T, generator=g).lt(0.6).float() * (doc_ids >= 0)
+    weights[0] = 0  # with two ranks' rows cut unevenly, a row without targets still balances its experts
+    return dict(tokens=tokens, targets=targets, weights=weights, doc_ids=doc_ids, positions=positions)
+
+
+def one_step(model):
+    batches = [model.ranks.take(batch_of(model.config, seed)) for seed in (0, 1)]
+    loss, norm, _, metrics = _train_step(model, make_optimizer(model), batches, language_model_loss, 1e-3, CPU)
+    return loss, norm, metrics
+
+
+def fresh(name):
+    torch.manual_seed(0)
+    return Compass(MODELS[name])
+
+
+@torch.no_grad()
+def stages_of(name, ranks, recompute=False):
+    model, weights = build_pipeline(MODELS[name], ranks, CPU, recompute), fresh(name).state_dict()
+    for key, p in model.named_parameters():
+        p.copy_(parallel.sharded_like(weights[key], p, packed_orders(model).get(key)))
+    return model
+
+
+def whole(model, gradients=False):
+    orders = packed_orders(model)
+    return {name: whole_of(p.grad if gradients else p, orders.get(name)) for name, p in model.named_parameters()}
+
+
+def train(model, run, steps, *, at=None, rank=None, sends=None, loss_fn=language_model_loss, **kwargs):
+    """fit for some steps, saving every second one; one rank sends itself a signal when a certain step begins."""
+
+    def batches(step):
+        if step == at and dist.get_rank() == rank:
+            os.kill(os.getpid(), sends)
+        return [batch_of(model.config, 10 * step + m) for m in range(2)]
+
+    schedule = Schedule(steps, 1e-2, 1e-3, 2)
+    return fit(model, batches, loss_fn, schedule, run=str(run), stage="general", save_every=2, **kwargs)
+
+
+def sick_on_the_last_rank(model, batch):
+    """NaN in the gradient of one rank, in one micro-step."""
+    loss, metrics = language_model_loss(model, batch)
+    model.calls = getattr(model, "calls", 0) + 1
+    return (loss * float("nan") if model.calls == 3 and dist.get_rank() == dist.get_world_size() - 1 else loss), metrics
+
+
+def four_ranks(folder):
+    """All layouts, a calm run, and one that ends when a rank is killed."""
+    layouts(4, folder)
+    ranks = Ranks(Layout(dp=2, tp=2), "cpu")
+    train(parallelize(fresh("tiny"), ranks), f"{folder}/calm", 4)
+    train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, at=3, rank=random.Random(0).randrange(4),
+          sends=signal.SIGKILL)  # fmt: skip
+
+
+def four_ranks_again(folder):
+    ranks = Ranks(Layout(dp=2, tp=2), "cpu")
+    with pytest.raises(SystemExit):  # all ranks save and go when one is asked to
+        train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, resume=True, at=2, rank=1, sends=signal.SIGTERM)
+    torch.save([os.path.basename(path) for path in checkpoints(f"{folder}/killed", "general")], f"{folder}/asked.pt")
+    train(parallelize(fresh("tiny"), ranks), f"{folder}/killed", 4, resume=True)
+    model = train(parallelize(fresh("tiny"), ranks), f"{folder}/sick", 3, loss_fn=sick_on_the_last_rank)
+    torch.save(whole(model), f"{folder}/sick.pt")
+
+
+def two_ranks(folder):
+    layouts(2, folder)
+    if dist.get_rank() == 0:
+        for name in ("two", "stages"):
+            shutil.copytree(f"{folder}/calm", f"{folder}/{name}")
+    dist.barrier()
+    train(build_pipeline(MODELS["tiny"], Ranks(Layout(pp=2), "cpu"), CPU, False), f"{folder}/stages", 6, resume=True)
+    torch.save(whole(train(parallelize(fresh("tiny"), Ranks(Layout(ep=2), "cpu")), f"{folder}/two", 6, resume=True)), f"{folder}/two.pt")
+    torch.save(full_disk(folder), f"{folder}/full{dist.get_rank()}.pt")
+    seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(Layout(**{axis: 2}), "cpu"), CPU, False), 7)) for axis in ("ep", "tp")]
+    torch.save(seeded, f"{folder}/seeded.pt")
+
+
+def full_disk(folder):
+    """What save_shards says when the second rank's files may not grow, and what is left of its folder."""
+    model = parallelize(fresh("tiny"), Ranks(Layout(dp=2), "cpu"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with pytest.raises(ValueError) as caught:
+        resharding.save_shards(f"{folder}/full/general/step_1.pt", model, make_optimizer(model), step=1, stage="general")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(caught.value), checkpoints(f"{folder}/full", "general")
+
+
+def layouts(world, folder):
+    for name, layout, recompute in CASES[world]:
+        ranks = Ranks(layout, "cpu")
+        model = stages_of(name, ranks, recompute) if layout.pp > 1 else parallelize(fresh(name), ranks, recompute=recompute)
+        loss, norm, metrics = one_step(model)
+        result = loss, norm, metrics, whole(model, gradients=True), whole(model)
+        torch.save(result, f"{folder}/{world}-{dist.get_rank()}-{name}-{tuple(layout)}.pt")
+
+
+def rank_main(rank, world, folder, work):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{work.__name__}", rank=rank, world_size=world)
+    work(folder)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the ranks left behind."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    os.environ["PYTHONPATH"] = os.pathsep.join((ROOT, os.path.join(ROOT, "tests")))
+    multiprocessing.set_forkserver_preload(["test_parallel"])  # the imports are paid once
+
+    def spawn(world, work):
+        torch.multiprocessing.start_processes(rank_main, (world, folder, work), nprocs=world, start_method="forkserver")
+
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        spawn(4, four_ranks)
+    spawn(4, four_ranks_again)
+    spawn(2, two_ranks)
+    return folder
+
+
+@pytest.mark.parametrize("world,name,layout,recompute", [(world, *case) for world, cases in CASES.items() for case in cases])
+def test_every_layout_equals_one_process(folder, world, name, layout, recompute):
+    model = fresh(name)
+    loss, norm, metrics = one_step(model)
+    seen = set()
+    for rank in range(world):
+        their_loss, their_norm, their_metrics, gradients, weights = torch.load(f"{folder}/{world}-{rank}-{name}-{tuple(layout)}.pt")
+        assert their_loss == pytest.approx(loss, rel=1e-5) and their_norm == pytest.approx(norm, rel=1e-5)
+        for key, value in metrics.items():
+            torch.testing.assert_close(torch.tensor(their_metrics[key]), torch.tensor(value), rtol=1e-5, atol=1e-6, msg=key)
+        ours = dict(model.named_parameters())
+        for key in gradients:
+            torch.testing.assert_close(gradients[key], ours[key].grad, rtol=1e-5, atol=1e-6, msg=key)
+            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=2e-5, msg=key)
+        seen.update(gradients)
+    assert seen == ours.keys()  # the stages of a pipeline together
+
+
+def curve(run):
+    return [(entry["step"], entry["loss"]) for entry in read_metrics(run)]
+
+
+def test_a_killed_rank_a_sigterm_and_restarts_change_nothing(folder, tmp_path):
+    assert torch.load(f"{folder}/asked.pt") == ["step_3.pt", "step_2.pt"]
+    assert [step for step, _ in curve(f"{folder}/calm")] == [0, 1, 2, 3]
+    assert curve(f"{folder}/killed") == curve(f"{folder}/calm")
+    a, b = (load_latest(f"{folder}/{run}", "general")["model"] for run in ("killed", "calm"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    train(fresh("tiny"), tmp_path, 4)
+    assert [loss for _, loss in curve(tmp_path)] == pytest.approx([loss for _, loss in curve(f"{folder}/calm")], rel=1e-4)
+
+
+def test_shards_of_four_ranks_load_on_two_and_on_one(folder, tmp_path):
+    """Written with dp x tp; ep=2, a pipeline of two (which writes shards itself) and a single process go on to the same weights."""
+    state = load_checkpoint(f"{folder}/calm/general/step_4.pt")
+    assert state["step"] == 4 and state["config"] == dataclasses.asdict(MODELS["tiny"])
+    shutil.copytree(f"{folder}/calm", tmp_path / "one")
+    alone = train(fresh("tiny"), tmp_path / "one", 6, resume=True)
+    two, stages = torch.load(f"{folder}/two.pt"), load_latest(f"{folder}/stages", "general")["model"]
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(two[name], p, rtol=1e-4, atol=5e-5, msg=name)
+        torch.testing.assert_close(stages[name], p, rtol=1e-4, atol=5e-5, msg=name)
+    assert [step for step, _ in curve(f"{folder}/two")] == list(range(6))
+
+
+def test_torn_shards_are_named_and_the_ones_before_them_used(folder, tmp_path, capsys):
+    run = shutil.copytree(f"{folder}/calm", tmp_path / "torn")
+    newest, older = checkpoints(run, "general")
+    part = os.path.join(newest, sorted(json.load(open(os.path.join(newest, "manifest.json")))["files"])[-1])
+    content = open(part, "rb").read()
+    open(part, "wb").write(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="step_4.pt is torn or foreign: the checksum of __.*distcp"):
+        load_checkpoint(newest)
+    assert load_latest(run, "general")["step"] == 2 and "trying the one before it" in capsys.readouterr().out
+    os.remove(os.path.join(older, "manifest.json"))
+    with pytest.raises(ValueError, match="holds no intact checkpoint"):
+        load_latest(run, "general")
+
+
+def test_a_full_disk_leaves_no_checkpoint_behind(folder):
+    for rank in range(2):
+        message, left = torch.load(f"{folder}/full{rank}.pt")
+        assert "step_1.pt: could not be written" in message and "earlier checkpoints are intact" in message and left == []
+
+
+def test_a_non_finite_gradient_of_one_rank_skips_the_step_on_all(folder):
+    entries = read_metrics(f"{folder}/sick")
+    assert [entry["step"] for entry in entries if "skipped" in entry] == [1] and len(entries) == 3
+    assert all(value.isfinite().all() for value in torch.load(f"{folder}/sick.pt").values())
+
+
+def test_first_weights_do_not_depend_on_the_layout(folder):
+    by_ep, by_tp = torch.load(f"{folder}/seeded.pt")
+    assert all(torch.equal(by_ep[name], by_tp[name]) for name in by_ep)
+    width = by_ep["blocks.0.attention.qkv.weight"].std().item() * MODELS["tiny"].dim ** 0.5
+    assert width == pytest.approx(1, abs=0.1) and by_ep["norm.weight"].eq(1).all()
+
+
+def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_tokenizer, tmp_path):
+    run, data, tasks = tmp_path / "run", tmp_path / "data", tmp_path / "tasks.jsonl"
+    micro_tokenizer.save(run)
+    data.mkdir()
+    texts = (json.dumps({"text": f"{d['text']} {i}"}) for i, d in enumerate(market.documents("general", 0, per_language=20)))
+    (data / "en.jsonl").write_text("\n".join(texts))
+    tasks.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{i}"}], "answer": "b"}) for i in range(400)))
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--")
+    result = script(*torchrun, "train.py", "--run", run, "--data", data, "--steps", "2", "--parallel", "ep=2")
+    assert result.returncode == 0 and "2 processes: pp=1, dp=1, cp=1, ep=2, tp=1" in result.stdout, result.stderr
+    result = script(*torchrun, "sft.py", "--run", run, "--data", tasks, "--stage", "sft1", "--steps", "2", "--parallel", "dp=2")
+    assert result.returncode == 0 and result.stdout.count("inherited from long step 2") == 1, result.stderr
+    assert os.path.isdir(run / "sft1" / "step_2.pt") and curve(run)[-1][0] == 1
+    result = script("checkpoint.py", "--run", run)
+    assert result.stdout.count("intact, 2.68M") == 4 and "newest stage: sft1" in result.stdout and not result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    "text,world,message",
+    [
+        ("ep=2,xp=2", 4, "'xp=2' is not one of pp, dp, cp, ep, tp"),
+        ("ep=two", 4, "'ep=two' is not one of"),
+        ("ep=4", 6, "ep=4 does not make 6 processes"),
+        ("dp=2,ep=2", 8, "dp=2 x ep=2 does not make 8 processes"),
+        ("ep=3", 3, "ep=3 must divide n_experts, which is 16"),
+        ("tp=8", 8, "tp=8 must divide n_kv_heads, which is 4"),
+        ("", 3, "dp x cp = 3 must divide dim, which is 128"),
+    ],
+)
+def test_layouts_that_cannot_be_are_named(text, world, message):
+    with pytest.raises(ValueError, match=message):
+        layout_of(text, world, CONFIGS["tiny"])
+
+
+def test_parallel_without_torchrun_says_how_to_start(script, tmp_path):
+    result = script("train.py", "--run", tmp_path, "--parallel", "ep=2")
+    assert result.returncode == 2 and "torchrun --nproc-per-node N -- train.py --parallel ep=2" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_one_row_of_the_plan_by_hand():
+    """v2_30b on 64 GPUs with ep=8: two rows of 4096 tokens a GPU."""
+    config, layout = CONFIGS["v2_30b"], layout_of("ep=8", 64, CONFIGS["v2_30b"])
+    rows = plan.formula(config, layout, 2, 4096)
+    assert layout == Layout(dp=8, ep=8)
+    # 30.13 billion weights of 4 bytes over 64 GPUs, as many gradients, two moments
+    assert rows["parameters"] == pytest.approx(4 * count_parameters(config)[0] / 64, rel=1e-3)
+    assert rows["optimizer"] == 2 * rows["gradients"] == 2 * rows["parameters"]
+    # 30 layers x (there, back) x (forward, recomputed, backward) x 8192 tokens x 4 experts x 3072 numbers of 2 bytes, 7/8 of it to others
+    assert rows["all_to_all, node"] == 30 * 6 * 8192 * 4 * 3072 * 2 * 7 // 8 and "all_to_all, network" not in rows
+    # gradients in fp32: of what a GPU receives, the other seven nodes' part comes over the network once a node, shared by its 8 cards;
+    # experts are summed over the 8 GPUs, one a node, that hold the same six
+    experts = 30 * 48 * 3 * 3072 * 2048 // 8
+    dense = count_parameters(config)[0] - 8 * experts
+    assert rows["reduce_scatter, network"] == pytest.approx(4 * (dense * 56 / 64 / 8 + experts * 7 / 8))
+    # attention, shared, router, four experts: 2 FLOPs x (forward, again, two in backward), but the last product only thrice; then the head
+    attention = 9 * 3072 * 4096  # of one layer: 2 products, again, and 5 in backward, half of each masked
+    by_hand = 8 * (23.6e6 + 37.7e6 + 0.15e6 + 75.5e6) - 25.2e6 + attention
+    assert rows["FLOPs"] == pytest.approx(8192 * (30 * by_hand + 6 * 553e6), rel=1e-3)
+
+
+@pytest.mark.parametrize("name,layout,rows,T", [("v2_30b", Layout(dp=8, ep=8), 3, 4096), ("v3_245b", Layout(dp=8, cp=8, ep=8), 1, 131_072)])
+def test_tracker_and_formula_agree(name, layout, rows, T):
+    """Two layers of the full width: every row within a percent (the plan itself allows five)."""
+    config = dataclasses.replace(CONFIGS[name], n_layers=2)
+    counted, by_hand = plan.tracked(config, layout, rows, T), plan.formula(config, layout, rows, T)
+    assert counted.keys() == by_hand.keys() and by_hand["peak"] > 5e9
+    for row, value in counted.items():
+        assert by_hand[row] == pytest.approx(value, rel=0.01), row
+
+
+def test_full_sizes_fit_and_what_does_not_gets_advice():
+    for (name, T), gpus in ((("v2_30b", 4096), 64), (("v2_30b", 32768), 64), (("v3_245b", 8192), 512), (("v3_245b", 131_072), 512)):
+        text, rows = plan.LAYOUTS.get((name, T), ("ep=8", 1))
+        assert plan.formula(CONFIGS[name], layout_of(text, gpus, CONFIGS[name]), rows, T)["peak"] < 0.9 * 80e9
+    config = CONFIGS["v3_245b"]
+    assert plan.formula(config, layout_of("ep=8", 512, config), 1, 131_072)["peak"] > 80e9
+    assert plan.advice(config, 512, 131_072, 1).startswith("--parallel ep=8,cp=")
+    assert "take more GPUs" in plan.advice(config, 16, 131_072, 1)

@@ -1,0 +1,373 @@
+"""lowbit.py and quantize.py: formats held against torch's own, layers against dequantised products, searches never worse than rounding."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+import quantize
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from compass import CONFIGS, Compass
+from kernels import fp8_matmul, int4_matmul, unpack_int4
+from lowbit import FP8Linear, Int4Linear, is_quantized, load_quantized, matrices, pack
+from quantize import METHODS, dequantize_fp8, dequantize_int4, input_scales, oversample, quantize_fp8, quantize_int4, quantize_model
+from tests.test_kernels import INT4, compiled, interpreted, no_spills
+
+
+@functools.cache
+def model():
+    """Two layers whose activations have outlier channels, as those of trained models have."""
+    torch.manual_seed(0)
+    made = Compass(
+        dataclasses.replace(
+            CONFIGS["tiny_v3"], n_layers=2, dim=64, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=4, top_k=2, n_shared=1,
+            expert_dim=32, vocab_size=512, max_seq_len=64,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for block in made.blocks:
+            for norm in (block.attention_norm, block.feed_forward_norm):
+                norm.weight[[3, 40]] = 20.0
+            block.attention.qkv.weight[:, [3, 40]] /= 20
+            block.feed_forward.router.weight[:, [3, 40]] /= 20
+            block.feed_forward.gate_up_ED2F[:, [3, 40]] /= 20
+            block.feed_forward.shared.gate_up.weight[:, [3, 40]] /= 20
+    return made
+
+
+def batches(seed, n=7, rows=1, length=64):
+    return list(torch.randint(512, (n, rows, length), generator=torch.Generator().manual_seed(seed)))
+
+
+@functools.cache
+def quantized(method):
+    return quantize_model(model(), batches(0), method)
+
+
+def matrices_of_all_kinds():
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(2, 24, 64, generator=g)
+    special = torch.randn(2, 24, 64, generator=g)
+    special[0, 0], special[0, 1], special[0, 2] = 0.0, special[0, 1].abs() + 3, -special[0, 2].abs() - 3
+    special[0, 3], special[0, 4, 0], special[1] = 7.25, 1e4, special[1] * 1e-6
+    return [normal, special]
+
+
+def test_int4_by_hand():
+    qweight, scales, zeros = quantize_int4(torch.tensor([[-0.5, 0.0, 1.0, 7.0]]), 4)  # steps of 7.5 / 15
+    assert scales.tolist() == [[0.5]] and zeros.tolist() == [[1.0]]
+    assert qweight.tolist() == [[0 | 1 << 4, 3 | 15 << 4]] and qweight.dtype == torch.uint8
+    assert dequantize_int4(qweight, scales, zeros).tolist() == [[-0.5, 0.0, 1.0, 7.0]]
+
+
+def test_int4_round_trip_is_exact():
+    g = torch.Generator().manual_seed(1)
+    q = torch.randint(0, 16, (3, 8, 64), generator=g)
+    q[..., 0::32], q[..., 1::32] = 0, 15  # each group uses its whole range
+    zeros, scales = torch.randint(0, 16, (3, 8, 2), generator=g).float(), 2.0 ** torch.randint(-9, 3, (3, 8, 2), generator=g)
+    weight = ((q.unflatten(-1, (2, 32)) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(-2)
+    qweight, found_scales, found_zeros = quantize_int4(weight, 32)
+    assert torch.equal(unpack_int4(qweight), q.to(torch.uint8))
+    assert torch.equal(found_scales, scales) and torch.equal(found_zeros, zeros)
+    assert torch.equal(dequantize_int4(qweight, found_scales, found_zeros), weight)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_int4_error_and_torchs_fake_quantize(group):
+    for weight in matrices_of_all_kinds():
+        qweight, scales, zeros = quantize_int4(weight, group)
+        assert torch.equal(scales, scales.bfloat16().float()) and torch.equal(zeros, zeros.to(torch.uint8).float())
+        rounded = dequantize_int4(qweight, scales, zeros)
+        step = scales.repeat_interleave(group, -1)
+        assert ((rounded - weight).abs() <= step * 0.5001).all()
+        theirs = torch.fake_quantize_per_channel_affine(weight.reshape(-1, group), scales.flatten(), zeros.flatten().int(), 0, 0, 15)
+        differ = (theirs.view_as(weight) - rounded).abs() > 1e-6 * step
+        assert differ.float().mean() < 1e-3  # they multiply by 1 / scale, we divide: a tie may fall to the other side
+        assert ((theirs.view_as(weight) - rounded).abs() <= 1.0001 * step).all()
+
+
+def test_fp8_error():
+    for weight in matrices_of_all_kinds():
+        weight_fp8, scale = quantize_fp8(weight)
+        error = (dequantize_fp8(weight_fp8, scale) - weight).abs()
+        # three bits after the leading one; below 2^-6 steps of 2^-9
+        assert (error <= torch.maximum(weight.abs() / 16, scale.unsqueeze(-1) / 1024) * 1.0001).all()
+
+
+def test_fp8_product_equals_torchs():
+    g = torch.Generator().manual_seed(2)
+    x, (weight_fp8, scale) = torch.randn(20, 64, generator=g), quantize_fp8(torch.randn(48, 64, generator=g))
+    x_fp8, x_scale = kernels.quantise_rows(x)
+    theirs = torch._scaled_mm(x_fp8, weight_fp8.T, x_scale.unsqueeze(1), scale.unsqueeze(0), out_dtype=torch.float32)
+    torch.testing.assert_close(fp8_matmul(x, weight_fp8, scale), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(FP8Linear(weight_fp8[None], scale[None])(x), theirs, rtol=1e-5, atol=1e-5)
+
+
+def linear_case(kind, E=4, out=48, inner=64, group=32):
+    """A quantized layer with input scales, and the plain numbers it stands for."""
+    g = torch.Generator().manual_seed(3)
+    weight, input_scale = torch.randn(E, out, inner, generator=g), (torch.rand(E, inner, generator=g) + 0.5).bfloat16()
+    if kind is Int4Linear:
+        qweight, scales, zeros = quantize_int4(weight, group)
+        return Int4Linear(qweight, scales.bfloat16(), zeros.to(torch.uint8), input_scale), dequantize_int4(qweight, scales, zeros)
+    weight_fp8, scale = quantize_fp8(weight)
+    return FP8Linear(weight_fp8, scale, input_scale), dequantize_fp8(weight_fp8, scale)
+
+
+@pytest.mark.parametrize("kind", [Int4Linear, FP8Linear])
+def test_layers_multiply_what_they_stand_for(kind):
+    layer, weight = linear_case(kind)
+    counts = torch.tensor([1, 0, 150, 9])  # one row, none, more than UNPACK
+    x = torch.randn(160, 64, generator=torch.Generator().manual_seed(4))
+    expected = []
+    for e, rows in enumerate(x.split(counts.tolist())):
+        rows = rows * layer.input_scale[e].float()
+        if kind is FP8Linear:
+            rows = dequantize_fp8(*kernels.quantise_rows(rows))
+        expected.append(rows @ weight[e].T)
+    expected = torch.cat(expected)
+    torch.testing.assert_close(layer(x, counts), expected, rtol=1e-4, atol=1e-4)
+    layer.pack()
+    assert kind is FP8Linear or layer.packed is not None
+    packed = layer(x, counts)
+    assert packed.dtype == torch.float32 and (packed - expected).abs().max() < 1e-2 * expected.abs().max()
+    one = kind(**{name: tensor[:1] for name, tensor in linear_case(kind)[0].named_buffers()})
+    torch.testing.assert_close(one(x.view(2, 80, 64)).flatten(0, 1)[:1], expected[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernel_takes_the_stored_tensors():
+    """bf16 scales and byte-sized zeros: interpreted, equal to the eager twin; compiled, without spills."""
+    code = (
+        "import torch, kernels, tests.test_quantize as t\n"
+        "from lowbit import Int4Linear\n"
+        "layer, weight = t.linear_case(Int4Linear)\n"
+        "x, counts = torch.randn(20, 64), torch.tensor([3, 0, 16, 1])\n"
+        "y = layer(x, counts)\n"
+        "kernels.use_triton = lambda x: False\n"
+        "torch.testing.assert_close(y, layer(x, counts), rtol=1e-4, atol=1e-4); print('same')"
+    )
+    assert interpreted(code) == "same"
+    constants = {"GROUP": 128, "BM": 16, "BF": 64, "BD": 128, "WIDE": False}
+    assert no_spills(compiled(kernels.int4_kernel, {**INT4, "zeros": "*u8"}, constants, 90, num_warps=4, num_stages=4)[0])
+
+
+def inputs_of(made, tokens):
+    """{name: x that enters each attention.qkv, attention.out and feed_forward of the fp32 model}."""
+    seen, hooks = {}, []
+    for i, block in enumerate(made.blocks):
+        for name in ("attention.qkv", "attention.out", "feed_forward"):
+            key = f"blocks.{i}.{name}"
+            hooks.append(block.get_submodule(name).register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]})))
+    with torch.no_grad():
+        made(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def layer_errors(method, tokens):
+    errors = {}
+    for name, x in inputs_of(model(), tokens).items():
+        ours, exact = (made.get_submodule(name)(x) for made in (quantized(method), model()))
+        ours, exact = (y[0] if isinstance(y, tuple) else y for y in (ours, exact))
+        errors[name] = ((ours - exact).norm() / exact.norm()).item()
+    return errors
+
+
+@torch.no_grad()
+def test_awq_beats_rounding_in_every_layer():
+    calibration, unseen = torch.cat(batches(0)), torch.cat(batches(9))
+    for tokens in (calibration, unseen):
+        awq, rtn = layer_errors("awq", tokens), layer_errors("rtn", tokens)
+        assert all(awq[name] < rtn[name] for name in rtn), (awq, rtn)
+    assert layer_errors("fp8", unseen)["blocks.0.feed_forward"] < rtn["blocks.0.feed_forward"] / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_search_is_never_worse(method):
+    report = quantized(method).report
+    assert len(report) == 2 * (2 + 2 * 4 + 2)
+    assert all(entry["after"] <= entry["before"] for entry in report)
+    searched = method in ("awq", "fp8")
+    assert any(entry["alpha"] > 0 and entry["after"] < entry["before"] for entry in report) == searched
+    if method == "awq":  # the reported error is that of the layer as it runs
+        errors = layer_errors("awq", torch.cat(batches(0)))
+        reported = {f"blocks.{e['layer']}.attention.{e['matrix']}": e["after"] for e in report if e["expert"] is None}
+        assert {name: errors[name] for name in reported} == pytest.approx(reported, rel=1e-3)
+
+
+def test_input_scales_by_hand():
+    x, weight = torch.tensor([[1.0, -16.0], [-1.0, 16.0]]), torch.tensor([[4.0, 1.0], [0.5, 1.0]])
+    scales = {(method, alpha): c.tolist() for method in ("awq", "fp8") for alpha, c in input_scales(weight, x, method)}
+    assert scales["awq", 0.0] == scales["fp8", 0.0] == [1.0, 1.0]
+    assert scales["awq", 0.5] == [2.0, 0.5]  # (mean |x|)^-1/2 is (1, 1/4), centred to a product of one
+    assert scales["fp8", 0.5] == pytest.approx([8**0.5, 8**-0.5], rel=4e-3)  # sqrt(max |W| / max |x|) is (2, 1/4); stored in bf16
+    assert len(scales) == 40 and len(input_scales(weight, x, "rtn")) == len(input_scales(weight, x, "fp8-naive")) == 1
+
+
+class Exact(nn.Module):
+    """In place of Int4Linear: the very weights, E of them, with input scales."""
+
+    def __init__(self, weight, input_scale=None):
+        super().__init__()
+        self.weight, self.input_scale = weight, input_scale
+
+    def forward(self, x, counts_E=None):
+        rows, counts = x.reshape(-1, x.shape[-1]), [x.numel() // x.shape[-1]] if counts_E is None else counts_E.tolist()
+        scale = torch.ones(len(counts), x.shape[-1]) if self.input_scale is None else self.input_scale.float()
+        y = torch.cat([(r * c) @ w.T for r, c, w in zip(rows.split(counts), scale, self.weight, strict=True)])
+        return y.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def test_scales_and_folding_change_nothing_by_themselves(monkeypatch):
+    def some_scale(weight_FD, x_ND, method):
+        g = torch.Generator().manual_seed(weight_FD.shape[1])
+        return [(0.5, (torch.rand(weight_FD.shape[1], generator=g) + 0.5).bfloat16().float())]
+
+    monkeypatch.setattr(quantize, "round_weight", lambda weight_FD, *_: ({"weight": weight_FD}, weight_FD))
+    monkeypatch.setattr(quantize, "input_scales", some_scale)
+    monkeypatch.setattr(quantize, "Int4Linear", Exact)
+    unrounded, tokens = quantize_model(model(), batches(0), "rtn"), torch.cat(batches(1))
+    assert isinstance(unrounded.blocks[0].attention.qkv, Exact) and unrounded.blocks[0].feed_forward.down.input_scale is None
+    torch.testing.assert_close(unrounded(tokens), model()(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rest_is_untouched(method):
+    made = dict(quantized(method).named_parameters())
+    kept = {name: p for name, p in model().named_parameters() if name in made}
+    assert set(made) == set(kept) and all(torch.equal(made[name], p) for name, p in kept.items())
+    for part in ("embedding.weight", "head.weight", "norm.weight", "blocks.1.feed_forward.router.weight", "blocks.0.attention_norm.weight"):
+        assert part in made
+    assert any(name.startswith("mtp.") for name in made)
+    assert {n for n, m in quantized(method).named_modules() if isinstance(m, (Int4Linear, FP8Linear))} == set(matrices(model().config))
+
+
+@torch.no_grad()
+def test_experts_without_tokens_borrow():
+    lonely = quantize_model(model(), [torch.tensor([[5]])], "awq")  # one token: two experts of a layer see none
+    experts = [entry for entry in lonely.report if (entry["expert"] or "").isdecimal()]
+    assert sorted({entry["tokens"] for entry in experts}) == [0, 1]
+    assert all(entry["calibrated_on"] == 1 for entry in experts)
+    assert lonely(torch.cat(batches(1))).isfinite().all()
+
+
+def expert_counts(chosen):
+    load = sum(torch.stack([torch.bincount(i.flatten(), minlength=4) for _, i in model().hidden(tokens)[1]]) for tokens in chosen)
+    return load.min().item()
+
+
+@torch.no_grad()
+def test_oversample_until_every_expert_has_seen_enough():
+    pool = batches(5, n=40, length=16)
+    assert oversample(model(), pool, first=3, minimum=0) == [0, 1, 2]
+    chosen = oversample(model(), pool, first=3, minimum=60)
+    assert chosen[:3] == [0, 1, 2] and len(set(chosen)) == len(chosen) < 40
+    assert expert_counts([pool[i] for i in chosen[:-1]]) < 60 <= expert_counts([pool[i] for i in chosen])
+    everything = oversample(model(), pool, first=3, minimum=10**6)  # the pool ends first
+    assert sorted(everything) == list(range(40))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_reloaded_answers_the_same(method, tmp_path):
+    path, tokens = str(tmp_path / "step_1.pt"), torch.cat(batches(1))
+    save_checkpoint(path, quantized(method), step=1, stage="sft2")
+    state = load_checkpoint(path)
+    assert is_quantized(state) and not is_quantized({"model": model().state_dict()})
+    matrix_bytes = sum(t.nbytes for name, t in state["model"].items() if name.rpartition(".")[0] in matrices(model().config))
+    weights = sum(E * out * inner for E, out, inner in matrices(model().config).values())
+    assert matrix_bytes < weights * (0.7 if method in ("awq", "rtn") else 1.2)  # narrow groups here: scales weigh more than usual
+    reloaded, here = load_quantized(state), quantize_model(model(), batches(0), method)
+    torch.testing.assert_close(here(tokens), quantized(method)(tokens), rtol=0, atol=0)  # a pure function of its arguments
+    pack(here)
+    torch.testing.assert_close(reloaded(tokens), here(tokens), rtol=0, atol=0)
+    full = model()(tokens)
+    assert 1e-4 < (reloaded(tokens) - full).norm() / full.norm() < 0.8
+
+
+def test_foreign_and_torn_files_are_named(tmp_path):
+    path = str(tmp_path / "step_1.pt")
+    save_checkpoint(path, quantized("awq"), step=1, stage="sft2")
+    state = load_checkpoint(path)
+
+    def spoiled(change):
+        tensors = dict(state["model"])
+        change(tensors)
+        return {**state, "model": tensors}
+
+    name = "blocks.0.attention.qkv"
+    for change, message in (
+        (lambda t: t.pop(f"{name}.scales"), f"{name} holds input_scale, qweight, zeros"),
+        (lambda t: t.update({f"{name}.qweight": t[f"{name}.qweight"][:, :5]}), rf"{name}.qweight has shape \(1, 5, 32\), need \(1, 128"),
+        (lambda t: t.pop("head.weight"), "head.weight is missing or foreign"),
+        (lambda t: t.update({"lora.weight": torch.zeros(1)}), "lora.weight is missing or foreign"),
+        (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\), need \(64,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_quantized(spoiled(change))
+    with pytest.raises(ValueError, match="sft2 is quantized and can only answer"):
+        load_model(state)
+    with open(path, "r+b") as file:
+        file.seek(1000)
+        file.write(b"torn")
+    with pytest.raises(ValueError, match="step_1.pt is torn or foreign"):
+        load_checkpoint(path)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="groups of 48 do not divide 64 inputs"):
+        quantize_int4(torch.ones(2, 64), 48)
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_int4(torch.full((2, 64), float("nan")), 32)
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_fp8(torch.full((2, 64), float("inf")))
+    with pytest.raises(ValueError, match="'gptq' is not one of awq"):
+        quantize_model(model(), batches(0), "gptq")
+    with pytest.raises(ValueError, match="groups of 0 inputs"):
+        quantize_model(model(), batches(0), "awq", group=0)
+    with pytest.raises(ValueError, match="no calibration batches"):
+        quantize_model(model(), [])
+    with pytest.raises(ValueError, match="calibration batch 1: need .* 0..511"):
+        quantize_model(model(), [torch.tensor([[1]]), torch.tensor([[512]])])
+
+
+def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
+    """A bf16 run is quantized into a run folder of its own, which generate.py answers from."""
+    run = str(tmp_path / "run")
+    micro_tokenizer.save(run)
+    halved = Compass(model().config).to(torch.bfloat16)
+    save_checkpoint(f"{run}/sft2/step_9.pt", halved, step=9, stage="sft2", tokenizer_hash=micro_tokenizer.hash)
+
+    def command(*flags):
+        monkeypatch.setattr(sys, "argv", ["quantize.py", "--device", "cpu", *flags])
+        quantize.main()
+
+    command("--run", run, "--method", "awq")
+    printed = capsys.readouterr().out
+    assert f"{run}-awq/sft2/step_9.pt" in printed and all(f"expert {e}" in printed for e in range(4))
+    state = load_checkpoint(f"{run}-awq/sft2/step_9.pt")
+    assert state["model"]["head.weight"].dtype == torch.bfloat16 and torch.equal(state["model"]["head.weight"], halved.head.weight)
+    with open(f"{run}-awq/quantization.json") as file:
+        summary = json.load(file)
+    assert summary["method"] == "awq" and min(entry["tokens"] for entry in summary["matrices"]) >= summary["minimum"]
+    with pytest.raises(ValueError, match="already holds a checkpoint"):
+        command("--run", run)
+    with pytest.raises(ValueError, match="is quantized and can only answer"):
+        command("--run", f"{run}-awq")
+    answer = script("generate.py", "--run", f"{run}-awq", "--prompt", "Hello", "--device", "cpu")
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_int4_matmul_of_one_matrix():
+    g = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(2, 5, 64, generator=g), torch.randn(24, 64, generator=g)
+    stored = quantize_int4(weight, 32)
+    torch.testing.assert_close(int4_matmul(x, *stored), F.linear(x, dequantize_int4(*stored)), rtol=1e-5, atol=1e-5)
