@@ -8,6 +8,7 @@ import ast
 import glob
 import os
 import sys
+import textwrap
 
 import nbclient
 import nbformat
@@ -48,14 +49,26 @@ def images(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+def refusal(exercise, check):
+    """A cell that gives an exercise a wrong answer, which its check has to refuse."""
+    wrong = exercise.source.partition("#")[0].replace("None", "-7")
+    return nbformat.v4.new_code_cell(
+        f"{wrong}\ntry:\n{textwrap.indent(check.source, '    ')}\nexcept Exception:\n    pass\nelse:\n"
+        f"    raise AssertionError({wrong!r} + 'was accepted')\n{exercise.source}"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_runs_from_top_to_bottom(path, monkeypatch):
+def test_runs_from_top_to_bottom_and_refuses_wrong_answers(path, monkeypatch):
     monkeypatch.setenv("QUICK", "1")  # notebooks that train read it: fewer steps, smaller data
     stored, fresh = read(path), read(path)
-    for cell in fresh.cells:
-        cell.pop("outputs", None)
+    cells, fresh.cells = fresh.cells, []
+    for i, cell in enumerate(cells):
         if cell.cell_type == "code":
             cell.outputs = []
+        fresh.cells.append(cell)
+        if "exercise" in cell.metadata.get("tags", []):
+            fresh.cells.append(refusal(cell, cells[i + 2]))
     execute(fresh)
     assert images(fresh) == images(stored), "the stored outputs are not of this code: python tests/test_notebooks.py writes them"
 
