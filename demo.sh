@@ -9,6 +9,9 @@ STEPS=${STEPS:+--steps $STEPS}   # empty: each stage's own recipe
 [ -f "$RUN/tokenizer.tiktoken" ] || python tokenizer.py --run "$RUN"     # three BPE vocabularies, merged
 python train.py --run "$RUN" --resume $STEPS                             # general, anneal, long
 python sft.py --run "$RUN" --resume $STEPS                               # sft1 (direct), sft2 (thinking)
+python otpo.py --run "$RUN" --resume $STEPS                              # preference pairs, tokens weighed by optimal transport
 python evaluate.py --run "$RUN" ${TASKS:+--tasks $TASKS}                 # report.md, report.json, plots
 python generate.py --run "$RUN" --prompt "What is 27 + 45?"              # an answer at once
 python generate.py --run "$RUN" --prompt "What is 27 + 45?" --think      # the same with thoughts
+[ -d "$RUN-awq" ] || python quantize.py --run "$RUN"                     # int4 by AWQ, into a run folder of its own
+python generate.py --run "$RUN-awq" --prompt "What is 27 + 45?" --think  # the same in a quarter of the bytes

@@ -32,14 +32,15 @@ def test_demo_runs_the_whole_chain_and_then_skips_it(demo, script):
     run, first = demo
     assert first.returncode == 0, first.stderr[-2000:]
     report = json.load(open(run / "report.json"))
-    stages = ["general", "anneal", "long", "sft1", "sft2"]
-    assert list(report["loss"]) == stages and all(loss > 0 for loss in report["loss"].values())
-    assert set(report["accuracy"]) == {"long", "sft1", "sft2", "without text", "majority", "copy"}
+    stages = ["general", "anneal", "long", "sft1", "sft2", "otpo"]
+    assert list(report["loss"]) == stages[:5] and all(loss > 0 for loss in report["loss"].values())
+    assert set(report["accuracy"]) == {"long", "sft1", "sft2", "otpo", "without text", "majority", "copy"}
     assert set(report["accuracy"]["sft2"]["by_language"]) == {"en", "zh", "id", "ms", "pt", "tl", "th", "vi"}
     assert set(report["thinking"]) == {"on", "off"} and report["bits_per_byte"]["long"]["th"] > 0
     assert {"loss.png", "load.png", "accuracy.png", "needles.png", "report.md", "metrics.jsonl"} <= set(os.listdir(run))
     assert all(os.path.basename(checkpoints(run, stage)[0]) == "step_3.pt" for stage in stages)
     assert "| all |" in first.stdout and "inherited from long step 3" in first.stdout
+    assert checkpoints(f"{run}-awq", "otpo") and os.path.exists(f"{run}-awq/quantization.json")
     again = [script(f"{name}.py", "--run", run, "--steps", 3, "--resume") for name in ("train", "sft")]
     assert [result.stdout.count("already finished") for result in again] == [3, 2]
 
@@ -64,11 +65,12 @@ def test_a_users_own_tasks(demo, script, tmp_path):
 
 def test_checkpoints_are_listed(demo, script):
     result = script("checkpoint.py", "--run", demo[0])
-    assert result.stdout.count("intact, 2.6") == 5 and result.stdout.endswith("newest stage: sft2\n")
+    assert result.stdout.count("intact, 2.6") == 6 and result.stdout.endswith("newest stage: otpo\n")
 
 
 def test_the_shipped_checkpoints_script_goes_on_and_exports(demo, script, tmp_path):
     run, out = shutil.copytree(demo[0], tmp_path / "run"), tmp_path / "out"
+    shutil.rmtree(run / "otpo")  # the shipped one ends with sft2
     env = {**os.environ, "RUN": str(run), "OUT": str(out), "STEPS": "3", "TASKS": "1"}
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     first = subprocess.run(["bash", "pretrained.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -118,9 +120,11 @@ def test_another_tokenizer_is_refused(tmp_path, script, micro_tokenizer):
 
 
 def test_every_script_explains_itself(script):
-    for name in ("tokenizer", "kernels", "moe", "compass", "checkpoint", "generate", "evaluate", "train", "sft"):
-        result = script(f"{name}.py", "--help")
-        assert result.returncode == 0 and f"python {name}.py" in result.stdout
+    names = [name.removesuffix(".py") for name in os.listdir(ROOT) if name.endswith(".py")]
+    for name in names:
+        if "\nif __name__" in open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8").read():
+            result = script(f"{name}.py", "--help")
+            assert result.returncode == 0 and f"python {name}.py" in result.stdout, name
     assert "30.13B" in script("compass.py").stdout
 
 
