@@ -165,6 +165,9 @@ class QuantizedMoE(MoE):
         self.top_k, self.n_experts, self.router, self.shared = moe.top_k, moe.n_experts, moe.router, moe.shared
         self.gate_up, self.down = gate_up, down
 
+    def all_are_read(self, N):
+        return False  # quantized products take rows sorted by expert
+
     def experts(self, x_RD, counts_E):
         gate_RF, up_RF = self.gate_up(x_RD, counts_E).chunk(2, dim=-1)
         return self.down(F.silu(gate_RF) * up_RF, counts_E)

@@ -93,15 +93,15 @@ class MoE(nn.Module):
         h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
         return (h_ENF.transpose(0, 1).flatten(1) @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
 
-    def _all_are_read(self, N):
+    def all_are_read(self, N):
         """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough
-        that a product takes no longer than reading its weights. Not in training, and not for quantized experts."""
-        return N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled() and hasattr(self, "gate_up_ED2F")
+        that a product takes no longer than reading its weights. Not in training."""
+        return N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled()
 
     def forward(self, x_BTD):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE, weights_NK, index_NK = self.route(x_ND)
-        if self._all_are_read(len(x_ND)):
+        if self.all_are_read(len(x_ND)):
             y_ND = self.every_expert(x_ND, weights_NK, index_NK)
         else:
             x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)

@@ -12,7 +12,7 @@ stage() {  # script, stage, steps
 stage train.py general 1500
 stage train.py anneal 400
 stage train.py long 150
-stage sft.py sft1 10000     # direct answers
-stage sft.py sft2 30000     # thoughts beside them
+stage sft.py sft1 8000      # direct answers
+stage sft.py sft2 22000     # thoughts beside them
 python evaluate.py --run "$RUN" --tasks "${TASKS:-25}"
 python checkpoint.py --run "$RUN" --export "$OUT"
