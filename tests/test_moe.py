@@ -133,5 +133,5 @@ def test_asking_every_expert_equals_sorting(micro_config):
             logits_NE, weights_NK, index_NK = layer.route(x[0])
             routed = layer.every_expert(x[0], weights_NK, index_NK) + layer.shared(x[0])
             torch.testing.assert_close(routed, expected[0], rtol=1e-5, atol=1e-6)
-            assert layer._all_are_read(tokens) == (2 <= tokens <= 32)
-        assert not layer._all_are_read(tokens)  # never in training
+            assert layer.all_are_read(tokens) == (2 <= tokens <= 32)
+        assert not layer.all_are_read(tokens)  # never in training
