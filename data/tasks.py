@@ -208,7 +208,6 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "listing": functools.partial(recommendation, turns=3),
     "ledger": ledger,
 }
-FEW = 5
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact
 TRAINING = {
     "page": 10, "listing": 4, "ledger": 4, "review_understanding": 5, "query_rewriting": 5, "matching": 5, "classification": 1,
@@ -218,19 +217,17 @@ TRAINING = {
 }  # fmt: skip
 
 
-def training(seed, per_language, short=False):
+def training(seed, per_language, phrasings=None):
     """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed.
 
-    short: for a run of few steps: FEW ways of saying each thing (market.phrase), and no ledgers; packed beside these longest
-    conversations, rows are three times as long and a step holds fewer kinds of tasks.
+    phrasings: the first few ways only of saying each thing (market.phrase); None: all.
     """
     makers, made = {**TASKS, **CONVERSATIONS}, []
-    shares = {name: share for name, share in TRAINING.items() if not (short and name == "ledger")}
     for lang in LANGUAGES:
         rng = random.Random(f"training-{seed}-{lang}")
-        if short:
-            rng.phrasings = FEW
-        for i, name in enumerate(rng.choices(list(shares), shares.values(), k=per_language)):
+        if phrasings:
+            rng.phrasings = phrasings
+        for i, name in enumerate(rng.choices(list(TRAINING), TRAINING.values(), k=per_language)):
             made.append({"id": f"training-{lang}-{i}", "task": name, "lang": lang, **makers[name](lang, rng, "train")})
     return made
 
