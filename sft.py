@@ -32,7 +32,6 @@ STAGES = {
     "sft2": ("sft1", Schedule(1400, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
-FEW, SHORT = 5, 5000  # below SHORT steps five phrasings of each question: with all of them no phrasing comes back often enough to be learnt
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -261,8 +260,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     if args.data:
         examples = read_tasks(args.data)
     else:
-        phrasings = FEW if schedule.steps < SHORT else None
-        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), phrasings)
+        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps))
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
     model = model_from(state, args.run, ranks, device)

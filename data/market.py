@@ -108,12 +108,8 @@ def draw_product(rng, split):
 
 
 def phrase(templates, rng):
-    """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested.
-
-    An rng with an attribute `phrasings` knows only that many of the templates, or a quarter where that is more.
-    """
-    known = max(getattr(rng, "phrasings", len(templates)), len(templates) // 4)
-    template = rng.choice(templates[:known])
+    """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested."""
+    template = rng.choice(templates)
     while "[" in template:  # innermost first
         template = re.sub(r"\[([^\[\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), template)
     return re.sub(" +", " ", template).strip(" ")

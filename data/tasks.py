@@ -217,16 +217,11 @@ TRAINING = {
 }  # fmt: skip
 
 
-def training(seed, per_language, phrasings=None):
-    """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed.
-
-    phrasings: the first few ways only of saying each thing (market.phrase); None: all.
-    """
+def training(seed, per_language):
+    """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed."""
     makers, made = {**TASKS, **CONVERSATIONS}, []
     for lang in LANGUAGES:
         rng = random.Random(f"training-{seed}-{lang}")
-        if phrasings:
-            rng.phrasings = phrasings
         for i, name in enumerate(rng.choices(list(TRAINING), TRAINING.values(), k=per_language)):
             made.append({"id": f"training-{lang}-{i}", "task": name, "lang": lang, **makers[name](lang, rng, "train")})
     return made
