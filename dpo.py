@@ -20,14 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import inherit, latest_stage, load_latest, load_model
+from checkpoint import load_latest, load_model
+from cli import InputError
 from data.scorers import SCORERS
 from data.tasks import tasks
 from generate import Sampling, generate, split_thought
-from reward import Pairs, load_pairs, load_reward_model, rewards
+from reward import Pairs, load_pairs, load_reward_model, processes_with_whole_rows, rewards
 from sft import chat_of
-from tokenizer import Tokenizer
-from train import Schedule, fit, stage_schedule
+from train import Schedule, fit, model_from, ranks_of, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 5e-7
 ROUND = Schedule(60, 1e-5, 0.0, 6)  # of each online round
@@ -92,13 +92,17 @@ def select_pair(answers, rewards, correct=None):
 @torch.no_grad()
 def add_reference(pairs, model, rows=32):
     """Give every pair its answers' log-probabilities under the reference, computed once."""
-    reference, device = [], next(model.parameters()).device
-    for start in tqdm(range(0, len(pairs.rows), rows), desc="reference", unit="batch", leave=False):
-        chosen = range(start, min(len(pairs.rows), start + rows))
-        batch = {name: tensor.to(device) for name, tensor in pairs.assemble(chosen).items()}
-        logp = token_logprobs(model, batch["tokens"], batch["mask"], doc_ids_BT=batch["doc_ids"]).cpu()
-        for i, chosen_T, rejected_T in zip(chosen, *logp.chunk(2), strict=True):
-            reference.append([row_T[: len(ids)] for row_T, (ids, _) in zip((chosen_T, rejected_T), pairs.rows[i], strict=True)])
+    ranks, device, N = ranks_of(model), next(model.parameters()).device, len(pairs.rows)
+    rows, reference = min(rows, N) * ranks.count, [None] * N
+    for start in tqdm(range(0, N, rows), desc="reference", unit="batch", leave=False, disable=not ranks.writes):
+        chosen = [i % N for i in range(start, start + rows)]  # the last batch begins again: every rank has as much to do
+        batch = pairs.assemble(chosen)
+        batch["place"] = torch.arange(len(batch["tokens"]))
+        mine = {name: tensor.to(device) for name, tensor in ranks.take(batch).items()}
+        own_BT = token_logprobs(model, mine["tokens"], mine["mask"], doc_ids_BT=mine["doc_ids"])
+        logp_BT = ranks.sum(own_BT.new_zeros(batch["mask"].shape).index_copy(0, mine["place"], own_BT)).cpu()
+        for i, *logps in zip(chosen, *logp_BT.chunk(2), strict=True):
+            reference[i] = [logp_T[: len(ids)] for logp_T, (ids, _) in zip(logps, pairs.rows[i], strict=True)]
     pairs.reference = reference
 
 
@@ -181,9 +185,9 @@ def reward_judge(model, tokenizer):
 
 def online(stage, objective, args, off_policy=False, schedule=ROUND):
     """args.rounds rounds of sampling, labelling and training, always against the run's last sft stage as the reference."""
-    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
-    state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
-    inherit(state, tokenizer)
+    device, ranks, tokenizer, state = processes_with_whole_rows(args)
+    if ranks is not None:
+        raise InputError("--rounds samples in one process: under torchrun train on pairs (--data, or the embedded ones)")
     reference, model = load_model(state, device).eval(), load_model(state, device)
     judge = reward_judge(load_reward_model(args.run, device)[0], tokenizer)
     for turn in range(1, args.rounds + 1):
@@ -204,25 +208,25 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
 
 def tune(stage, objective, args, schedule=SCHEDULE):
     """Train one preference stage from the run's last sft stage."""
-    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
+    device, ranks, tokenizer, state = processes_with_whole_rows(args)
     torch.manual_seed(args.seed)
-    state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
-    inherit(state, tokenizer)
     schedule = stage_schedule(stage, args, schedule)
     if schedule is None:
         return
-    model = load_model(state, device)
+    model = model_from(state, args.run, ranks, device)
     pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed)
     add_reference(pairs, model)
     fit(
         model, pairs.batch, objective, schedule, run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed,
         resume=args.resume, watch=alarm,
     )  # fmt: skip
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
 
 
 def main():
     args = cli.parse(
-        __doc__, "data", "run", "steps", "resume", "device", "seed",
+        __doc__, "data", "run", "steps", "resume", "device", "seed", "parallel",
         data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
         beta=dict(type=float, default=BETA, help="strength of the pull towards the reference"),
         rounds=dict(type=int, default=0, help="rounds of sampling and training on the run's own answers (0: offline, on pairs)"),

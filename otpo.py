@@ -138,7 +138,7 @@ def otpo_objective(beta, weights="transport"):
 
 def main():
     args = cli.parse(
-        __doc__, "data", "run", "steps", "resume", "device", "seed",
+        __doc__, "data", "run", "steps", "resume", "device", "seed", "parallel",
         data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
         beta=dict(type=float, default=BETA, help="strength of the pull towards the reference"),
         weights=dict(default="transport", choices=("transport", "uniform", "ones"), help="token weights; the last two are ablations"),

@@ -274,12 +274,19 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
     if model.embedding is not None:
         shard(model.embedding)
     shard(model)
-    register_fsdp_forward_method(model, "loss")
+    register_fsdp_forward_method(model, "hidden")  # the final norm and the head stay gathered behind it
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the losses are weighed already: gradients add up
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def shard_whole(module, ranks):
+    """FSDP of a small module beside a parallelized model, in its own precision; its gradients add up like the model's."""
+    fully_shard(module, mesh=ranks.data, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
 
 
 def packed_orders(model):

@@ -144,7 +144,7 @@ def tracked(config, layout, rows, T, imbalance=1.0):
     with torch.device("meta"):
         model = Compass(config)
     parallelize(model, PlannedRanks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
-    model.forward = Compass.loss.__get__(model)  # the tracker follows forward
+    model.forward, model.hidden = Compass.loss.__get__(model), Compass.hidden.__get__(model)  # the tracker follows forward alone
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         for owner, name, substitute in substitutes(imbalance):
             stack.enter_context(mock.patch.object(owner, name, substitute))

@@ -62,7 +62,7 @@ def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=
         by_decay = {g["weight_decay"]: g for g in settings}
         manifest = {
             "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
-            "names": names_of(model.config), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
+            "names": names_of(model), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
             "optimizer_steps": steps, "files": files,
         }  # fmt: skip
         write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
@@ -70,10 +70,12 @@ def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=
     dist.barrier()
 
 
-def names_of(config):
-    """Names of a whole model's parameters, in order."""
-    with torch.device("meta"):
-        return [name for name, _ in Compass(config).named_parameters()]
+def names_of(model):
+    """Names of the whole model's parameters, in order; a rank of a pipeline has some of them only."""
+    if model.ranks.layout.pp > 1:
+        with torch.device("meta"):
+            model = Compass(model.config)
+    return [name for name, _ in model.named_parameters()]
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-from checkpoint import inherit, latest_stage, load_latest, load_model, save_checkpoint
+from checkpoint import inherit, latest_stage, load_latest, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
 from data.reader import read_jsonl
 from tokenizer import Tokenizer
-from train import Schedule, finished, fit
+from train import Schedule, finished, fit, model_from, processes
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
 # not which four of the eight
@@ -70,9 +70,13 @@ class RewardModel(nn.Module):
 
     def __init__(self, backbone, seed=0):
         super().__init__()
-        self.backbone, self.config = backbone, backbone.config
+        self.backbone, self.config, self.ranks = backbone, backbone.config, backbone.ranks
         self.value = nn.Linear(backbone.config.dim, 1, bias=False)
         nn.init.normal_(self.value.weight, std=backbone.config.dim**-0.5, generator=torch.Generator().manual_seed(seed))
+        if self.ranks.several:
+            from parallel import shard_whole
+
+            shard_whole(self.value, self.ranks)
 
     def forward(self, tokens_BT, doc_ids_BT):
         """rewards_B of whole conversations; doc_ids is -1 on the padding behind them."""
@@ -198,15 +202,32 @@ def load_reward_model(run, device, stage="reward"):
     return model.to(device).eval(), state
 
 
+def processes_with_whole_rows(args):
+    """train.processes for what judges whole answers: rows stay whole, so dp, ep and tp only."""
+    stage = latest_stage(args.run, among=("sft1", "sft2"))
+    device, ranks = processes(args, lambda: CompassConfig(**load_latest(args.run, stage, weights=False)["config"]))
+    if ranks is not None and (ranks.layout.pp > 1 or ranks.layout.cp > 1):
+        raise InputError(f"--parallel {args.parallel}: preferences are trained with dp, ep and tp; pp and cp would cut the answers")
+    state = load_latest(args.run, stage, device, weights=ranks is None)
+    inherit(state, tokenizer := Tokenizer.load(args.run))
+    return device, ranks, tokenizer, state
+
+
+def average_members(run, stages, device, seed):
+    """Save the mean of the members' weights as stage "reward"."""
+    average, last = load_reward_model(run, device, stages[0])
+    average.load_state_dict(average_weights([load_latest(run, stage, device)["model"] for stage in stages]))
+    path = os.path.join(run, "reward", f"step_{last['step']}.pt")
+    save_checkpoint(path, average, step=last["step"], stage="reward", tokenizer_hash=last["tokenizer_hash"], seed=seed)
+
+
 def main():
     args = cli.parse(
-        __doc__, "data", "run", "steps", "resume", "device", "seed",
+        __doc__, "data", "run", "steps", "resume", "device", "seed", "parallel",
         data=dict(help="pairs .jsonl: {messages, chosen, rejected} (default: the embedded pairs)"),
         steps=dict(help="optimizer steps of each member (default: its epochs)"),
     )  # fmt: skip
-    device, tokenizer = cli.pick_device(args.device), Tokenizer.load(args.run)
-    state = load_latest(args.run, latest_stage(args.run, among=("sft1", "sft2")), device)
-    inherit(state, tokenizer)
+    device, ranks, tokenizer, state = processes_with_whole_rows(args)
     pairs = load_pairs(args.data, tokenizer, state["config"]["max_seq_len"], args.seed)
     held_out = Pairs(*encode_pairs(preferences("test", args.seed, 30), tokenizer), state["config"]["max_seq_len"], args.seed)
     stages = [f"reward/{member}" for member in range(1, len(MEMBERS) + 1)]
@@ -216,14 +237,15 @@ def main():
             print(f"{stage}: already finished")
             continue
         fit(
-            RewardModel(load_model(state, device), args.seed).to(device), pairs.batch, reward_loss,
+            RewardModel(model_from(state, args.run, ranks, device), args.seed).to(device), pairs.batch, reward_loss,
             Schedule(steps, peak, 0.0, steps // 20, shape=shape), run=args.run, stage=stage, tokenizer_hash=tokenizer.hash,
             seed=args.seed, resume=args.resume,
         )  # fmt: skip
-    average, last = load_reward_model(args.run, device, stages[0])
-    average.load_state_dict(average_weights([load_latest(args.run, stage, device)["model"] for stage in stages]))
-    path = os.path.join(args.run, "reward", f"step_{last['step']}.pt")
-    save_checkpoint(path, average, step=last["step"], stage="reward", tokenizer_hash=tokenizer.hash, seed=args.seed)
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
+        print(f"{len(stages)} members trained; python reward.py --run {args.run} --resume, in one process, averages and compares them")
+        return
+    average_members(args.run, stages, device, args.seed)
     for stage in ("reward", *stages):
         model, _ = load_reward_model(args.run, device, stage)
         print(f"{stage:9} prefers the chosen answer in {100 * pair_accuracy(model, held_out):.1f} % of {len(held_out.rows)} held-out pairs")

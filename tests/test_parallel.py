@@ -1,5 +1,6 @@
 """parallel.py and plan.py: every layout on gloo processes equals one process, shards load anywhere, faults, the plan by hand."""
 
+import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -17,11 +18,15 @@ from conftest import ROOT
 import parallel
 import plan
 import resharding
-from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics
+import reward
+from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from compass import CONFIGS, Compass, count_parameters
 from data import market
+from dpo import add_reference, dpo_objective
+from otpo import otpo_objective
 from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
 from pipeline import build_pipeline
+from reward import Pairs, RewardModel, reward_loss
 from train import Schedule, _train_step, fit, language_model_loss, make_optimizer
 
 CPU = torch.device("cpu")
@@ -68,6 +73,33 @@ def one_step(model):
     return loss, norm, metrics
 
 
+def pairs_of(config):
+    """Pairs of uneven length, a number that no batch of the reference divides."""
+    g = random.Random(0)
+    sides = [[g.randrange(config.vocab_size) for _ in range(g.randint(8, 30))] for _ in range(22)]
+    rows = [[(ids, [0] * 5 + [1] * (len(ids) - 5)) for ids in sides[2 * i : 2 * i + 2]] for i in range(11)]
+    return Pairs(rows, {}, config.max_seq_len, 0)
+
+
+OBJECTIVES = {"reward": reward_loss, "dpo": dpo_objective(0.5), "otpo": otpo_objective(0.5)}
+JUDGING = [Layout(**{axis: 2}) for axis in ("dp", "ep", "tp")]
+
+
+def one_preference_step(stage, model):
+    """A step of tuning on pairs, against a reference that is another model: (loss, norm, the model that was trained)."""
+    pairs = pairs_of(model.config)
+    if stage == "reward":
+        model = RewardModel(model)
+    else:
+        add_reference(pairs, model, rows=3)
+        with torch.no_grad():  # away from the reference
+            for p in model.parameters():
+                p.mul_(0.9)
+    batches = [model.ranks.take(batch) for batch in pairs.batch(0)]
+    loss, norm, *_ = _train_step(model, make_optimizer(model), batches, OBJECTIVES[stage], 1e-3, CPU)
+    return loss, norm, model
+
+
 def fresh(name):
     torch.manual_seed(0)
     return Compass(MODELS[name])
@@ -83,7 +115,8 @@ def stages_of(name, ranks, recompute=False):
 
 def whole(model, gradients=False):
     orders = packed_orders(model)
-    return {name: whole_of(p.grad if gradients else p, orders.get(name)) for name, p in model.named_parameters()}
+    tensors = {name: p.grad if gradients else p for name, p in model.named_parameters()}
+    return {name: whole_of(x, orders.get(name)) for name, x in tensors.items() if x is not None}  # a reward model's LM head has no gradient
 
 
 def train(model, run, steps, *, at=None, rank=None, sends=None, loss_fn=language_model_loss, **kwargs):
@@ -126,6 +159,10 @@ def four_ranks_again(folder):
 
 def two_ranks(folder):
     layouts(2, folder)
+    for layout in JUDGING:
+        for stage in OBJECTIVES:
+            loss, norm, model = one_preference_step(stage, parallelize(fresh("tiny"), Ranks(layout, "cpu")))
+            torch.save((loss, norm, whole(model, gradients=True)), f"{folder}/{dist.get_rank()}-{stage}-{tuple(layout)}.pt")
     if dist.get_rank() == 0:
         for name in ("two", "stages"):
             shutil.copytree(f"{folder}/calm", f"{folder}/{name}")
@@ -198,6 +235,20 @@ def test_every_layout_equals_one_process(folder, world, name, layout, recompute)
             torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=2e-5, msg=key)
         seen.update(gradients)
     assert seen == ours.keys()  # the stages of a pipeline together
+
+
+@pytest.mark.parametrize("layout", JUDGING, ids=str)
+@pytest.mark.parametrize("stage", OBJECTIVES)
+def test_preferences_on_two_ranks_equal_one_process(folder, stage, layout):
+    loss, norm, model = one_preference_step(stage, fresh("tiny"))
+    ours = dict(model.named_parameters())
+    for rank in range(2):
+        their_loss, their_norm, gradients = torch.load(f"{folder}/{rank}-{stage}-{tuple(layout)}.pt")
+        assert their_loss == pytest.approx(loss, rel=1e-5) and their_norm == pytest.approx(norm, rel=1e-5)
+        trained = {name for name, p in ours.items() if p.grad is not None}
+        assert trained <= gradients.keys() and len(trained) > 20
+        for key in trained:
+            torch.testing.assert_close(gradients[key], ours[key].grad, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def curve(run):
@@ -275,6 +326,30 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     assert os.path.isdir(run / "sft1" / "step_2.pt") and curve(run)[-1][0] == 1
     result = script("checkpoint.py", "--run", run)
     assert result.stdout.count("intact, 2.68M") == 4 and "newest stage: sft1" in result.stdout and not result.stderr, result.stderr
+    pairs = tmp_path / "pairs.jsonl"
+    pair = {"messages": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    pairs.write_text("\n".join([json.dumps(pair)] * 9))
+    preferences = ("--run", run, "--data", pairs, "--steps", "1")
+    result = script(*torchrun, "reward.py", *preferences, "--parallel", "ep=2")
+    assert result.returncode == 0 and result.stdout.count("4 members trained; python reward.py") == 1, result.stderr
+    result = script("reward.py", *preferences, "--resume")
+    assert result.returncode == 0 and result.stdout.count("already finished") == 4, result.stderr
+    assert os.path.isfile(run / "reward" / "step_1.pt")
+    result = script(*torchrun, "otpo.py", *preferences, "--parallel", "tp=2")
+    assert result.returncode == 0 and curve(run)[-1] == (0, pytest.approx(0.693, abs=1e-3)), result.stderr
+
+
+@pytest.mark.parametrize("axis", ["pp", "cp"])
+def test_preferences_need_whole_rows(axis, micro_model, micro_tokenizer, tmp_path, monkeypatch):
+    micro_tokenizer.save(tmp_path)
+    save_checkpoint(str(tmp_path / "sft1" / "step_1.pt"), micro_model, step=1, stage="sft1", tokenizer_hash=micro_tokenizer.hash)
+    args = argparse.Namespace(run=str(tmp_path), parallel=f"{axis}=2")
+    monkeypatch.setattr(reward, "processes", lambda args, config_of: (CPU, argparse.Namespace(layout=Layout(**{axis: 2}))))
+    with pytest.raises(ValueError, match=f"{axis}=2: preferences are trained with dp, ep and tp"):
+        reward.processes_with_whole_rows(args)
+    monkeypatch.setattr(reward, "processes", lambda args, config_of: (CPU, None))
+    device, ranks, _, state = reward.processes_with_whole_rows(args)
+    assert device == CPU and ranks is None and state["step"] == 1
 
 
 @pytest.mark.parametrize(
