@@ -9,6 +9,7 @@ trains on the whole conversation where it is about e-commerce (`--full e-commerc
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
 """
 
+import math
 import random
 
 import numpy as np
@@ -32,6 +33,7 @@ STAGES = {
     "sft2": ("sft1", Schedule(1400, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
+PHRASINGS = {"sft1": 4, "sft2": math.inf}  # first what is asked for, in few words; then all the ways of asking for it
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -260,7 +262,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     if args.data:
         examples = read_tasks(args.data)
     else:
-        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps))
+        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), PHRASINGS[stage])
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
     model = model_from(state, args.run, ranks, device)

@@ -11,6 +11,7 @@ is ever trained on. Words (colours, cities, praise) are shared by both worlds.
 
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -108,8 +109,12 @@ def draw_product(rng, split):
 
 
 def phrase(templates, rng):
-    """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested."""
-    template = rng.choice(templates)
+    """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested.
+
+    An rng with an attribute `phrasings` knows the first so many templates only, or the first quarter where that is more.
+    """
+    known = min(len(templates), max(len(templates) // 4, getattr(rng, "phrasings", math.inf)))
+    template = rng.choice(templates[:known])
     while "[" in template:  # innermost first
         template = re.sub(r"\[([^\[\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), template)
     return re.sub(" +", " ", template).strip(" ")

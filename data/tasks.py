@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 
@@ -204,24 +205,28 @@ def ledger(lang, rng, split):
 
 
 CONVERSATIONS = {  # training only: one reading of a text serves many answers
-    "page": functools.partial(dialogue, kinds=(*market.ASKED, "match", "match"), turns=len(market.ASKED)),
+    "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "listing": functools.partial(recommendation, turns=3),
     "ledger": ledger,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact
 TRAINING = {
-    "page": 10, "listing": 4, "ledger": 4, "review_understanding": 5, "query_rewriting": 5, "matching": 5, "classification": 1,
-    "product_info": 1, "attribute_extraction": 1, "dialogue": 1, "mathematics": 5, "numerical_reasoning": 5,
-    "similarity": 5, "information_generation": 4, "questioning": 5, "safety": 4, "knowledge": 5, "understanding": 2,
-    "reasoning": 5, "creative": 3, "coding": 4, "function_call": 4, "retrieval": 4, "role_play": 3, "platform": 5,
+    "page": 15, "listing": 2, "ledger": 2, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
+    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
+    "similarity": 1, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
+    "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
 
 
-def training(seed, per_language):
-    """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed."""
+def training(seed, per_language, phrasings=math.inf):
+    """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed.
+
+    phrasings: how many ways of putting each question and each fact are heard at most (see market.phrase).
+    """
     makers, made = {**TASKS, **CONVERSATIONS}, []
     for lang in LANGUAGES:
         rng = random.Random(f"training-{seed}-{lang}")
+        rng.phrasings = phrasings
         for i, name in enumerate(rng.choices(list(TRAINING), TRAINING.values(), k=per_language)):
             made.append({"id": f"training-{lang}-{i}", "task": name, "lang": lang, **makers[name](lang, rng, "train")})
     return made
