@@ -96,7 +96,7 @@ def tables(results):
         for row in results["v2_30b"]
     ]
     return {
-        "measured": table(measured, [f"`tiny`, {results['rows']} rows of {results['context']}", "tokens/s", "against one thread"]),
+        "measured": table(measured, [f"`tiny`, rows of {results['context']}, {results['rows']} a step", "tokens/s", "against one thread"]),
         "planned": table(planned, ["nodes", "tokens/s a GPU, traffic beside the computation", "after it", "of one node, %"]),
     }
 
