@@ -1,4 +1,6 @@
 # make demo: the whole chain on the embedded marketplace. make test: every test. make pretrained: the checkpoint that ships, again.
+# make bench: the short benchmarks, then every table and plot of RESULTS.md (20 minutes on two cores). make bench-full: all benchmarks,
+# the demo first (four hours); DATA=folder of real text, PEERS=folder of public tokenizers for those that need them.
 # Each makes its own environment.
 PYTHON ?= python3
 
@@ -11,14 +13,28 @@ PYTHON ?= python3
 	.venv/bin/pip install --quiet ".[reference]"
 	touch $@
 
+.venv/bench: .venv/test
+	.venv/bin/pip install --quiet ".[bench]"
+	touch $@
+
 demo: .venv/demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo.sh
 
 pretrained: .venv/demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash pretrained.sh
 
+bench: .venv/bench
+	.venv/bin/python -m benchmarks
+
+# Finished trainings in the .jsonl files would not be repeated; benchmarks.alignment starts from a reward model.
+bench-full: .venv/bench demo
+	rm -f benchmarks/results/*.jsonl
+	[ -d runs/alignment ] || cp -r checkpoints/tiny runs/alignment
+	.venv/bin/python reward.py --run runs/alignment --resume
+	.venv/bin/python -m benchmarks --full $(if $(DATA),--data "$(DATA)") $(if $(PEERS),--peers "$(PEERS)")
+
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -q
 
-.PHONY: demo pretrained test
+.PHONY: demo pretrained bench bench-full test

@@ -28,12 +28,12 @@ class InputError(ValueError):
 
 
 def parse(doc, *names, argv=None, **extra):
-    """Parse the shared flags `names`; `extra` maps a flag to add or change to its argparse settings."""
+    """Parse the shared flags `names`; `extra` maps a flag to add or change to its argparse settings; one with nargs is typed without --."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:
         parser.add_argument(f"--{name}", **{**FLAGS[name], **extra.pop(name, {})})
     for name, settings in extra.items():
-        parser.add_argument(f"--{name}", **settings)
+        parser.add_argument(name if "nargs" in settings else f"--{name}", **settings)
     args = parser.parse_args(argv)
     if getattr(args, "steps", None) is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}, must be at least 1")

@@ -30,6 +30,7 @@ from data.tasks import fingerprint, tasks
 from dpo import BETA, OPEN, ROUND, SAMPLES, add_reference, dpo_objective, label, reward_judge, sample_answers, token_logprobs
 from evaluate import accuracy, answer_tasks
 from generate import load_for_inference, split_thought
+from report import table
 from reward import MEMBERS, Pairs, best_of_n, encode_pairs, load_reward_model, pair_accuracy, rewards
 
 ROUNDS, PER_CELL = 3, 1
@@ -106,18 +107,40 @@ def rounds(name, model, reward_model, tokenizer, test, judge):
     return history
 
 
-def plot(found, path):
+def plot(results, path):
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    for name, result in found.items():
+    for name, result in results["best of n"].items():
         curve = result if name == "pass@n" else result["best of n"]
         style = {"pass@n": "k:", "reward": "tab:red"}.get(name, "0.6")
-        axis.plot(list(curve), [100 * value for value in curve.values()], style, label="average" if name == "reward" else name)
-    axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the best, %", xticks=list(curve), xticklabels=list(curve))
+        numbers = [int(n) for n in curve]
+        axis.plot(numbers, [100 * value for value in curve.values()], style, label="average" if name == "reward" else name)
+    axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the best, %", xticks=numbers, xticklabels=numbers)
     axis.minorticks_off()
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def tables(results):
+    found = results["best of n"]
+    best = [["an oracle: pass@n", "", *(f"{100 * value:.1f}" for value in found["pass@n"].values())]]
+    for name, judge in found.items():
+        if name != "pass@n":
+            curve = (f"{100 * value:.1f}" for value in judge["best of n"].values())
+            label = "average" if name == "reward" else name.replace("reward/", "member ")
+            best.append([label, f"{100 * judge['pairs']:.1f}", *curve])
+    rows = []
+    for name, history in results["rounds"].items():
+        for turn, r in enumerate(history):
+            if turn or not rows:  # before the first round both arms are the same model
+                label = f"{name}, round {turn}" if turn else "before"
+                rest = f"{r['reward']:.3f}", f"{r['characters']:.1f}", f"{r['kl']:.4f}"
+                rows.append([label, r.get("pairs", ""), f"{100 * r['accuracy']:.1f}", *rest])
+    return {
+        "best": table(best, ["%", "pairs", *(f"n = {n}" for n in found["pass@n"])]),
+        "rounds": table(rows, ["rejected answer", "pairs", "accuracy, %", "reward", "characters", "KL, nats a token"]),
+    }
 
 
 def main():
@@ -127,7 +150,7 @@ def main():
     reward_model, _ = load_reward_model(args.run, device)
     test = tasks("test", 0, PER_CELL)
     results = {"tasks_hash": fingerprint(test), "best of n": best_of_samples(args.run, model, tokenizer, test), "rounds": {}}
-    plot(results["best of n"], os.path.join(RESULTS, "alignment.png"))
+    plot(results, os.path.join(RESULTS, "alignment.png"))
     judge = reward_judge(reward_model, tokenizer)
     for name, arm in (("hardest wrong", judge), ("random wrong", random_wrong(judge, random.Random(0)))):
         results["rounds"][name] = rounds(name, model, reward_model, tokenizer, test, arm)

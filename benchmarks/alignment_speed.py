@@ -22,6 +22,7 @@ from compass import CONFIGS, Compass
 from dpo import EXPLORING
 from generate import generate
 from otpo import ot_token_weights
+from report import table
 from tokenizer import Tokenizer, train_bpe
 
 B, T, D, N, PROMPTS, NEW, ROUNDS = 64, 256, 128, 32, (128, 768), 48, 5
@@ -93,6 +94,19 @@ def sampling_arms(length):
     assert all(len(completion.ids) == NEW for completion in ours())
     arms = {f"transformers, {e}, {a}": peer(e, a) for e in ("eager", "grouped_mm") for a in ("eager", "sdpa")}
     return {"ours, shared prompt": ours, **arms}
+
+
+def tables(results):
+    ours = results["transport"]["ours, batched"]
+    transport = [[name, f"{1e3 * seconds:.0f}", f"{seconds / ours:.1f}"] for name, seconds in results["transport"].items()]
+    sampling = []
+    for length in PROMPTS:
+        ours, *peers = results[f"sampling after {length} tokens"].values()
+        sampling.append([f"after {length} tokens", f"{ours:.2f}", f"{min(peers):.2f}", f"{min(peers) / ours:.1f}"])
+    return {
+        "transport": table(transport, [f"token weights of {B} pairs of up to {T} tokens", "ms", "times ours"]),
+        "sampling": table(sampling, [f"{N} answers of {NEW} tokens", "ours, s", "transformers at its best, s", "ratio"]),
+    }
 
 
 def main():

@@ -14,6 +14,7 @@ import time
 
 import cli
 from benchmarks.vocabulary import RESULTS, split_corpus
+from report import table
 from tokenizer import MAIN, PATTERN, train_bpe
 
 TRAINERS = ("ours", "sentencepiece", "tokenizers", "rustbpe")
@@ -47,6 +48,11 @@ def train(name, texts, size):
     model = rustbpe.Tokenizer()
     model.train_from_iterator(iter(texts), size, pattern=PATTERN)
     return len(model.get_mergeable_ranks())
+
+
+def tables(results):
+    header = [f"{results['ours']['tokens'] / 1000:.0f}k tokens from {results['ours']['MB']} MB", "seconds", "peak memory, GB"]
+    return {"trainers": table([[name, r["seconds"], f"{r['peak_GB']:.2f}"] for name, r in results.items()], header)}
 
 
 def main():

@@ -20,6 +20,7 @@ import cli
 from benchmarks.vocabulary import RESULTS
 from data import langid, market, noise
 from data.reader import held_out, read_folder
+from report import table
 
 ORDER = ("extract", "langid", "filter", "quality", "dedup", "resample")
 
@@ -72,14 +73,14 @@ def planted(folder, seed):
         caught |= {name for name, d in after.items() if step == "langid" and d["lang"] != made[name]["lang"]}
         if step == "filter":
             caught |= {n for n, d in after.items() if made[n]["fault"] == "boilerplate" and not boilerplate & set(d["text"].split("\n"))}
-    table = {}
+    faults = {}
     for fault in noise.FAULTS:
         names = {name for name, d in made.items() if d["fault"] == fault}
-        table[fault] = {"planted": len(names), "caught": len(names & caught), "recall": len(names & caught) / len(names)}
+        faults[fault] = {"planted": len(names), "caught": len(names & caught), "recall": len(names & caught) / len(names)}
     clean = {name for name, d in made.items() if d["fault"] is None}
     precision = 1 - len(clean & caught) / len(caught)
     return {
-        "faults": table, "precision": precision, "clean": len(clean), "clean lost": len(clean & caught),
+        "faults": faults, "precision": precision, "clean": len(clean), "clean lost": len(clean & caught),
         "removed by": {f"{step}: {fault}": n for (step, fault), n in sorted(removed_by.items())},
     }  # fmt: skip
 
@@ -123,6 +124,24 @@ def speed(folder, corpus, megabytes):
             source = out
         print({step: sizes[f"{times * megabytes} MB"] for step, sizes in result.items()}, flush=True)
     return result
+
+
+def tables(results):
+    found, f1, sizes = results["planted"], results["languages"]["f1"], results["speed"]["extract"]
+    planted = sum(fault["planted"] for fault in found["faults"].values())
+    counts = [f"{planted:,}", f"{found['clean']:,}", found["clean lost"], f"{100 * found['precision']:.1f}"]
+    faults = [[name, fault["planted"], f"{100 * fault['recall']:.1f}"] for name, fault in found["faults"].items()]
+    others = [value for lang, value in f1.items() if lang not in ("ms", "id")]
+    macro = f"{results['languages']['macro']:.3f}"
+    languages = [macro, f"{f1['ms']:.2f}", f"{f1['id']:.2f}", f"{min(others):.2f} to {max(others):.2f}"]
+    apart = results["languages"]["ms_id"]
+    speeds = [[step, *(f"{rate:.1f}, {peak}" for rate, peak in figures.values())] for step, figures in results["speed"].items()]
+    return {
+        "found": table([counts], ["planted faults", "clean documents", "clean ones lost", "of what was caught had been planted, %"]),
+        "faults": table(faults, ["planted fault", "documents", "caught, %"]),
+        "languages": table([[*languages, *apart.values()]], ["macro F1", "Malay", "Indonesian", f"the other {len(others)}", *apart]),
+        "speed": table(speeds, ["MB/s, peak MB of one process", *sizes]),
+    }
 
 
 def main():

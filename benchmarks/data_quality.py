@@ -25,6 +25,7 @@ from compass import CONFIGS, Compass
 from data import dedup, filters, quality
 from data.reader import held_out, read_folder
 from evaluate import bits_per_byte
+from report import table
 from tokenizer import MAIN, Tokenizer, train_bpe
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
@@ -102,6 +103,14 @@ def train_and_measure(documents, tokenizer, held, seed):
         _train_step(model, optimizer, batches(step), language_model_loss, lr_at(step, schedule), torch.device("cpu"))
     model.eval()
     return float(np.mean(list(bits_per_byte(model, tokenizer, held).values())))
+
+
+def tables(results):
+    rows = [
+        [name, f"{r['MB']:.2f}", ", ".join(f"{bits:.3f}" for bits in r["bits"]), f"{r['difference']:+.3f} ± {r['spread']:.3f}"]
+        for name, r in results.items()
+    ]
+    return {"arms": table(rows, [f"{STEPS} steps of `tiny` on", "MB", "bits per byte, three seeds", "against dirty, paired"])}
 
 
 def main():

@@ -31,11 +31,13 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte
+from report import table
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
 STEPS, SEEDS = 200, 3
 LOG = os.path.join(RESULTS, "experts.jsonl")
+TINY = "fine-grained, 16 of 64 top-4 + 2 shared"
 
 
 def arms():
@@ -46,7 +48,7 @@ def arms():
         return dataclasses.replace(tiny, **changes)
 
     made = {
-        ("shape", "fine-grained, 16 of 64 top-4 + 2 shared"): (tiny, still),
+        ("shape", TINY): (tiny, still),
         ("shape", "fine-grained, 18 of 64 top-6"): (like(n_experts=18, top_k=6, n_shared=0), still),
         ("shape", "coarse, 6 of 192 top-2"): (like(n_experts=6, top_k=2, n_shared=0, expert_dim=192), still),
         ("shape", "dense, 384"): (like(n_experts=1, top_k=1, n_shared=0, expert_dim=384), still),
@@ -108,20 +110,20 @@ def run(config, router, tokenised, tokenizer, held, seed):
 
 def summary(runs):
     """{experiment: {arm: {figure: [mean, spread]}}}, differences in bits paired by seed with tiny."""
-    base = {r["seed"]: r["bits"] for r in runs if r["arm"].startswith("fine-grained, 16")}
-    table = {}
+    base = {r["seed"]: r["bits"] for r in runs if r["arm"] == TINY}
+    made = {}
     for experiment, arm in dict.fromkeys((r["experiment"], r["arm"]) for r in runs):
         mine = [r for r in runs if (r["experiment"], r["arm"]) == (experiment, arm)]
         figures = {name: [r[name] for r in mine] for name in ("bits", "ms", "entropy", "busiest", "logits", "flips")}
         figures["bits against tiny"] = [r["bits"] - base[r["seed"]] for r in mine]
         spread = {name: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0] for name, v in figures.items()}
-        table.setdefault(experiment, {})[arm] = spread
-    return table
+        made.setdefault(experiment, {})[arm] = spread
+    return made
 
 
-def plot(table, path):
+def plot(results, path):
     """Four panels: loss by shape, balance by loss weights, loss over the grid, few-large against many-small."""
-    tiny = table["shape"]["fine-grained, 16 of 64 top-4 + 2 shared"]
+    tiny = results["shape"][TINY]
     figure, axes = plt.subplots(2, 2, figsize=(12, 7))
 
     def dots(axis, rows, figure_name, title):
@@ -131,9 +133,9 @@ def plot(table, path):
         axis.set(title=title, ylim=(len(rows) - 0.5, -0.5))
         axis.grid(axis="x", alpha=0.4)
 
-    dots(axes[0, 0], table["shape"], "bits against tiny", "bits per byte against tiny, equal active size")
-    dots(axes[0, 1], {"aux and z": tiny, **table["losses"]}, "entropy", "entropy of expert load (1 is even)")
-    grid = {**table["grid"], "16 experts, top-4": tiny}
+    dots(axes[0, 0], results["shape"], "bits against tiny", "bits per byte against tiny, equal active size")
+    dots(axes[0, 1], {"aux and z": tiny, **results["losses"]}, "entropy", "entropy of expert load (1 is even)")
+    grid = {**results["grid"], "16 experts, top-4": tiny}
     bits = np.array([[grid[f"{E} experts, top-{K}"]["bits"][0] for K in (1, 2, 4)] for E in (4, 8, 16, 32)])
     axes[1, 0].imshow(bits, cmap="YlGn_r", aspect="auto")
     for (i, j), value in np.ndenumerate(bits):
@@ -141,10 +143,38 @@ def plot(table, path):
     axes[1, 0].set_xticks(range(3), ["top-1", "top-2", "top-4"])
     axes[1, 0].set_yticks(range(4), ["4 experts", "8", "16", "32"])
     axes[1, 0].set_title("bits per byte, equal expert width")
-    sizes = {"16 of 64, top-4": tiny, "8 of 128, top-2": table["v3"]["tiny_v3 without MTP"]}
+    sizes = {"16 of 64, top-4": tiny, "8 of 128, top-2": results["v3"]["tiny_v3 without MTP"]}
     dots(axes[1, 1], sizes, "ms", "ms a training step, equal size")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def tables(results):
+    """A dense layer routes nothing: no balance, no flips."""
+    tiny = results["shape"][TINY]
+
+    def against(arm):
+        return "" if arm is tiny else "{:+.3f} ± {:.3f}".format(*arm["bits against tiny"])
+
+    shape, losses, grid = [], [], []
+    for name, arm in {**results["shape"], **results["v3"]}.items():
+        balance = f"{arm['entropy'][0]:.3f}", f"{arm['busiest'][0]:.2f}", f"{100 * arm['flips'][0]:.1f}"
+        balance = ("", "", "") if name.startswith("dense") else balance
+        shape.append([name, "{:.3f} ± {:.3f}".format(*arm["bits"]), against(arm), f"{arm['ms'][0]:.0f}", *balance])
+    for name, arm in {"aux and z": tiny, **results["losses"]}.items():
+        balance = "{:.3f} ± {:.3f}".format(*arm["entropy"]), "{:.2f} ± {:.2f}".format(*arm["busiest"])
+        losses.append([name, against(arm), *balance, f"{arm['logits'][0]:.2f}"])
+    for E in (4, 8, 16, 32):
+        arms = [results["grid"].get(f"{E} experts, top-{K}", tiny) for K in (1, 2, 4)]  # the arm that is missing is tiny itself
+        names = ("bits", 1, 3), ("ms", 1, 0), ("busiest", 1, 1), ("flips", 100, 1)
+        grid.append([f"{E} experts", *(", ".join(f"{scale * a[name][0]:.{digits}f}" for name, scale, digits in names) for a in arms)])
+    balance = "load entropy", "busiest expert, times even"
+    return {
+        "shape": table(shape, ["equal active width", "bits per byte", "against tiny", "ms a step", *balance, "flips in bf16, % of tokens"]),
+        "losses": table(losses, ["`tiny` with", "bits per byte against tiny", *balance, "size of the router's logits"]),
+        "grid": table(grid, ["bits per byte, ms a step, busiest expert, flips in %", "top-1", "top-2", "top-4"]),
+    }
 
 
 def main():
@@ -164,11 +194,11 @@ def main():
                 print(json.dumps(runs[-1]), flush=True)
                 with open(LOG, "a") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
-    table = summary(runs)
+    results = summary(runs)
     with open(os.path.join(RESULTS, "experts.json"), "w") as file:
-        json.dump(table, file, indent=1)
-    plot(table, os.path.join(RESULTS, "experts.png"))
-    for experiment, rows in table.items():
+        json.dump(results, file, indent=1)
+    plot(results, os.path.join(RESULTS, "experts.png"))
+    for experiment, rows in results.items():
         for arm, figures in rows.items():
             print(f"{experiment:7} {arm:42} " + "  ".join(f"{name} {m:.3f}±{s:.3f}" for name, (m, s) in figures.items()))
 

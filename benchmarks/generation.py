@@ -35,6 +35,7 @@ from data import market
 from engine import Engine, Sampling
 from evaluate import bits_per_byte
 from generate import GREEDY, generate
+from report import table
 from tokenizer import Tokenizer, train_bpe
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
@@ -218,6 +219,36 @@ def plot(results, path):
         axis.grid(alpha=0.4)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def tables(results):
+    def listed(values, digits, scale=1):
+        return ", ".join(f"{scale * value:.{digits}f}" for value in values)
+
+    peers, load = [], []
+    for case, seconds in results["peers"].items():
+        ours, ratio = seconds["ours"], seconds["best peer / ours"]
+        peers.append([f"{case} tokens", f"{ours:.3f}", f"{ours * ratio:.3f}", f"{ratio:.1f}"])
+    for shape, rows in results["concurrency"].items():
+        for n, row in rows.items():
+            rest = f"{row['first token, s']:.3f}", f"{row['later token, ms']:.1f}", f"{row['cache, MB']:.1f}"
+            load.append([shape, n, f"{row['tokens/s']:,.0f}", *rest])
+    band, length, mtp = (results[name] for name in ("bandwidth", "length", "mtp"))
+    rates = [f"{band['parameters'] / 1e6:.0f}M", *(f"{band[name]:.1f}" for name in ("tokens/s", "ours, GB/s", "limit, GB/s"))]
+    ms = [f"{value:.0f}" for value in mtp["ms a training step, without and with"]]
+    paired = "{:+.3f} ± {:.3f}".format(*mtp["difference, mean and spread"])
+    block = [
+        ["without", listed(mtp["bits per byte without"], 3), "", ms[0], "", ""],
+        ["with", listed(mtp["with"], 3), paired, ms[1], listed(mtp["accepted"], 0, 100), listed(mtp["speed-up"], 2)],
+    ]
+    return {
+        "peers": table(peers, ["", "ours, s", "transformers, s", "ratio"]),
+        "bandwidth": table([[*rates, f"{100 * band['share']:.0f}"]], ["parameters", "tokens/s", "weights, GB/s", "limit, GB/s", "%"]),
+        "concurrency": table(load, ["requests", "at once", "tokens/s", "first token, s", "later, ms", "cache, MB"]),
+        "length": table([["ms a step of 16 rows", *(f"{value:.1f}" for value in length.values())]], ["after so many tokens", *length]),
+        "mtp": table(block, ["block", "bits per byte", "paired", "ms a training step", "guesses right, %", "decoding, times as fast"]),
+    }
 
 
 def main():

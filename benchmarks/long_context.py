@@ -23,7 +23,7 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte, retrieval
-from report import plot_needles
+from report import plot_needles, table
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
@@ -92,6 +92,24 @@ def one_seed(tokenised, tokenizer, held, seed):
     return figures
 
 
+def tables(results):
+    rows = []
+    for name, runs in results.items():
+        needles, lines = (100 * np.mean([run[key] for run in runs], axis=0) for key in ("needles", "lines"))
+        bits = [run["bits"] for run in runs]
+        found = (f"{n:.0f}, {line:.0f}" for n, line in zip(needles.mean(1), lines, strict=True))
+        rows.append([name, f"{np.mean(bits):.3f} ± {np.std(bits, ddof=1):.3f}", *found])
+    return {"found": table(rows, ["needles, lines found, %", "bits per byte", *(f"{length} tokens" for length in LENGTHS)])}
+
+
+def plot(results, path):
+    means = {
+        name: {**runs[0], **{key: np.mean([run[key] for run in runs], axis=0) for key in ("needles", "lines")}}
+        for name, runs in results.items()
+    }
+    plot_needles(means, path)
+
+
 def main():
     cli.parse(__doc__)
     documents = [document for document in market.documents("general", 0, per_language=3000) if document["lang"] == "en"]
@@ -106,11 +124,7 @@ def main():
                   "; lines", *(f"{value:.2f}" for value in figures["lines"]), flush=True)  # fmt: skip
         with open(os.path.join(RESULTS, "long_context.json"), "w") as file:
             json.dump(results, file)
-        means = {
-            name: {**runs[0], **{key: np.mean([run[key] for run in runs], axis=0) for key in ("needles", "lines")}}
-            for name, runs in results.items()
-        }
-        plot_needles(means, os.path.join(RESULTS, "long_context.png"))
+        plot(results, os.path.join(RESULTS, "long_context.png"))
 
 
 if __name__ == "__main__":

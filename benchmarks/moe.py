@@ -21,6 +21,7 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass, count_parameters
 from kernels import permute, permute_reference, unpermute, unpermute_reference
 from moe import MoE
+from report import table
 from train import CLIP, make_optimizer
 
 ROWS, T, ROUNDS = 8, 256, 9
@@ -174,6 +175,22 @@ def permute_arms(N=8192, D=512, E=32, K=4):
         "ours": lambda: pair(permute, unpermute),
         "index_select twin": lambda: pair(permute_reference, unpermute_reference),
         "cat and index_add": cat_style,
+    }
+
+
+def tables(results):
+    def in_ms(what, seconds):
+        return table([["ms", *(f"{1e3 * value:.0f}" for value in seconds.values())]], [what, *seconds])
+
+    step = results["training step of tiny"]
+    ours, best = step["seconds"]["ours"], step["seconds"]["ours"] * step["speed-up over transformers"]
+    figures = [f"{1e3 * ours:.0f}", f"{1e3 * best:.0f}", f"{best / ours:.2f}", f"{step['matmul GFLOP/s']:.0f}"]
+    header = ["ours, ms", "transformers at its best, ms", "times as fast", "matrix products, GFLOP/s", "our share of that rate, %"]
+    return {
+        "step": table([[*figures, f"{100 * step['share of the matmul rate']:.0f}"]], header),
+        "layer": in_ms("one layer, 4,096 tokens", results["layer, 4096 tokens"]),
+        "experts": in_ms("number of experts, 16,384 tokens", results["layer by number of experts, 16384 tokens"]),
+        "permute": in_ms("permute and unpermute", results["permute and unpermute"]),
     }
 
 

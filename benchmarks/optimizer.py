@@ -21,6 +21,7 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass, CompassConfig
 from data import reader
 from data.tasks import training
+from report import table
 from sft import ROWS, Chats, curriculum, sft_loss
 from tokenizer import train as train_tokenizer
 from train import Schedule, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
@@ -62,6 +63,11 @@ def rows_of(chats, rows):
         return [{name: tensor[start : start + rows] for name, tensor in whole.items()}]
 
     return at
+
+
+def tables(results):
+    rows = [[name, ", ".join(f"{loss:.2f}" for loss in r["loss at quarters"]), r["seconds"]] for name, r in results.items()]
+    return {"arms": table(rows, ["", "loss after 250, 500, 750, 1,000 steps", "seconds"])}
 
 
 def main():

@@ -27,6 +27,7 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from data.tasks import training
+from report import table
 from sft import CAPACITY, ROWS, Chats, collate, curriculum, pack, sft_loss
 from tokenizer import train as train_tokenizer
 from train import _train_step, make_optimizer
@@ -139,6 +140,22 @@ def bins():
     pack(million, capacity)
     results["seconds for a million lengths"] = time.perf_counter() - began
     return results
+
+
+def tables(results):
+    fast, bins = results["packed"]["valid tokens/s"], dict(results["bins"])
+    arms = []
+    for name, r in results.items():
+        if name not in ("packed against trl", "bins"):
+            filled, speed = f"{100 * r['filled']:.1f}" if "filled" in r else "", r["valid tokens/s"]
+            arms.append([name, filled, f"{speed:,.0f}", f"{fast / speed:.2f}"])
+    seconds = bins.pop("seconds for a million lengths")
+    filled = [[kind, *(f"{n:,}" for n in counts.values())] for kind, counts in bins.items()]
+    return {
+        "speed": table(arms, ["", "places filled, %", "valid tokens/s", "packed is so many times as fast"]),
+        "bins": table(filled, ["200,000 lengths into bins of 1,024", "ours", "trl's", "lower bound"])
+        + f"\n\nA million lengths take {seconds:.1f} s.",
+    }
 
 
 def main():

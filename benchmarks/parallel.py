@@ -21,6 +21,7 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from parallel import Layout, Ranks, parallelize
 from plan import LINK, NETWORK, PEAK_FLOPS, bytes_received, model_flops
+from report import table
 from train import _train_step, language_model_loss, make_optimizer
 
 ROWS, T, STEPS, WARM_UP = 16, 256, 12, 3
@@ -70,7 +71,7 @@ def measured():
 
 def computed(name="v2_30b"):
     """Rows of weak scaling: tokens/s a GPU with all traffic beside the computation, and with all of it after the computation."""
-    config, table = CONFIGS[name], []
+    config, rows = CONFIGS[name], []
     context = config.max_seq_len
     seconds = PLANNED_ROWS * context * model_flops(config, context) / (PEAK_FLOPS * MFU)
     for nodes in NODES:
@@ -80,10 +81,24 @@ def computed(name="v2_30b"):
             for link, speed in (("node", LINK), ("network", NETWORK))
         )
         best, worst = (PLANNED_ROWS * context / t for t in (max(seconds, node, network), seconds + node + network))
-        table.append({"nodes": nodes, "node_s": node, "network_s": network, "compute_s": seconds, "overlapped": best, "exposed": worst})
-        kept = worst / table[0]["exposed"]
+        rows.append({"nodes": nodes, "node_s": node, "network_s": network, "compute_s": seconds, "overlapped": best, "exposed": worst})
+        kept = worst / rows[0]["exposed"]
         print(f"{nodes:3} nodes: {best:8,.0f} tokens/s a GPU overlapped, {worst:8,.0f} exposed ({kept:.0%} of one node)")
-    return table
+    return rows
+
+
+def tables(results):
+    alone = results["tiny"]["1 process, 1 thread"]
+    measured = [[name, f"{speed:,}", f"{speed / alone:.2f}"] for name, speed in results["tiny"].items()]
+    first = results["v2_30b"][0]["exposed"]
+    planned = [
+        [row["nodes"], f"{row['overlapped']:,.0f}", f"{row['exposed']:,.0f}", f"{100 * row['exposed'] / first:.0f}"]
+        for row in results["v2_30b"]
+    ]
+    return {
+        "measured": table(measured, [f"`tiny`, rows of {results['context']}, {results['rows']} a step", "tokens/s", "against one thread"]),
+        "planned": table(planned, ["nodes", "tokens/s a GPU, traffic beside the computation", "after it", "of one node, %"]),
+    }
 
 
 def main():

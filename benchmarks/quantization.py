@@ -39,6 +39,7 @@ from evaluate import accuracy, answer_tasks
 from generate import GREEDY, generate
 from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack, with_quantized
 from quantize import GROUP, calibration_pool, oversample, quantize_model
+from report import table
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 
@@ -251,6 +252,32 @@ def plot(results, path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def tables(results):
+    """Only of the parts that have been measured."""
+    made = {}
+    if "speed" in results:
+        rates, memory, rows = results["speed"]["tokens/s"], results["speed"]["memory"], []
+        for name, by_batch in rates.items():
+            cells = (f"{rate:.1f} ({rate / rates['FP32'][batch]:.2f} ×)" for batch, rate in by_batch.items())
+            rows.append([name, f"{memory[name] / 1e6:.0f}", *cells])
+        made["speed"] = table(rows, ["tokens/s", "memory, MB", *(f"batch {batch}" for batch in rates["FP32"])])
+    if "quality" in results:
+        shown, rows = {"loss": (1, 4), "divergence": (1, 4), "accuracy": (100, 1), "layer error": (100, 1)}, []
+        for name, arm in results["quality"]["arms"].items():
+            cells = (", ".join(f"{k * run[key]:.{d}f}" for run in arm["runs"] if key in run) for key, (k, d) in shown.items())
+            rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells])
+        made["quality"] = table(rows, ["", "MB on disk", "in memory", "loss", "divergence", "accuracy, %", "mean layer error, %"])
+    if "rare" in results:
+        rows = []
+        for factor, arms in results["rare"].items():
+            for name, arm in arms.items():
+                cells = (f"{arm[key]:.4f}" for key in ("others", "rare", "loss others", "loss rare"))
+                rows.append([f"{int(factor):,}", name, *cells, arm["texts"], arm["least"]])
+        sides = "divergence, seven others", "Thai", "loss, seven others", "Thai"
+        made["rare"] = table(rows, ["outliers, times", "", *sides, "texts", "tokens of the rarest expert"])
+    return made
 
 
 def main():

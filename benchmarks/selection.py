@@ -19,6 +19,7 @@ from checkpoint import load_latest, load_model
 from data.selection import select
 from data.tasks import fingerprint, tasks, training
 from evaluate import accuracy, answer_tasks
+from report import table
 from sft import STAGES, Chats, curriculum
 from tokenizer import Tokenizer
 from train import _train_step, language_model_loss, lr_at, make_optimizer
@@ -36,6 +37,16 @@ def tune(run, tokenizer, examples, seed):
     for step in range(STEPS):
         _train_step(model, optimizer, chats.batch(step), language_model_loss, lr_at(step, schedule), torch.device("cpu"))
     return model.eval()
+
+
+def tables(results):
+    arms = {"all": "all", "chosen": "selected", "as many at random": "random"}
+    rows = [[name, f"{results[key]['tasks']:,}", f"{100 * results[key]['mean']:.1f}"] for name, key in arms.items()]
+    found = results["selection"]
+    return {
+        "found": table([[f"{n:,}" for n in found.values()]], ["tasks given", "no near duplicates", "clusters", "in no cluster", "chosen"]),
+        "arms": table(rows, [f"{STEPS} steps of sft1 on", "tasks", "held-out accuracy, %"]),
+    }
 
 
 def main():

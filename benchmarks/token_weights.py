@@ -31,6 +31,7 @@ from dpo import add_reference, token_logprobs
 from evaluate import accuracy, answer_tasks
 from generate import load_for_inference
 from otpo import ot_token_weights, otpo_objective
+from report import table
 from reward import PAIRS, Pairs, encode_pairs
 from train import Schedule
 
@@ -102,7 +103,7 @@ def where_weight_goes(model, pairs):
     return {"differing": float(np.mean(apart)), "matched": float(np.mean(same)), "largest over smallest": float(np.mean(ratio))}
 
 
-def plot(model, tokenizer, groups, path):
+def picture(model, tokenizer, groups, path):
     """The tokens of the first English pair of each kind, each as dark as its weight."""
     figure, axes = plt.subplots(len(groups), 1, figsize=(13, 2.4 * len(groups)))
     for axis, (kind, pairs) in zip(axes, groups.items(), strict=True):
@@ -121,6 +122,28 @@ def plot(model, tokenizer, groups, path):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def tables(results):
+    before, rows = results["before"], []
+    shown = {"preferred": (100, 1), "likelier": (100, 1), "chosen gain": (1, 3), "accuracy": (100, 1), "characters": (1, 1)}
+    for kind in KINDS:
+        known = {**before[kind], **before}
+        rows.append([f"{kind}, before", "", *(
+            f"{scale * known[key]:.{digits}f}" if key not in ("preferred", "chosen gain") else "" for key, (scale, digits) in shown.items()
+        )])  # fmt: skip
+        for name in WEIGHTS:
+            arm, cells = results["arms"][f"{kind}, {name}"], []
+            for key, (scale, digits) in shown.items():
+                values = [scale * run[key] for run in arm["runs"]]
+                cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}")
+            rows.append([f"{kind}, {name}", arm["beta"], *cells])
+    where = [[kind, *(f"{value:.3f}" for value in figures.values())] for kind, figures in results["where"].items()]
+    header = ["pairs, weights", "β", "preferred, %", "likelier, %", "chosen gain, nats a token", "accuracy, %", "characters"]
+    return {
+        "arms": table(rows, header),
+        "where": table(where, ["pairs", "tokens that differ", "tokens with an equal partner", "largest weight over smallest"]),
+    }
 
 
 def main():
@@ -152,7 +175,7 @@ def main():
             with open(os.path.join(RESULTS, "token_weights.json"), "w") as file:
                 json.dump(results, file, indent=1)
     print(json.dumps({"before": results["before"], "where": results["where"]}, indent=1))
-    plot(model, tokenizer, pictured, os.path.join(RESULTS, "token_weights.png"))
+    picture(model, tokenizer, pictured, os.path.join(RESULTS, "token_weights.png"))
 
 
 if __name__ == "__main__":

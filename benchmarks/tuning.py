@@ -25,6 +25,7 @@ from compass import CONFIGS, Compass
 from data import market
 from data.tasks import fingerprint, tasks, training
 from evaluate import accuracy, answer_tasks, thinking_switch
+from report import table
 from sft import FULL, STAGES, Chats, curriculum, sft_loss
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
@@ -91,6 +92,30 @@ def arms(model, examples, tokenizer, seed):
         yield f"sft1, full loss on {full}", tuned(model, "sft1", direct, SFT1, tokenizer, seed, full), False
 
 
+def tables(results):
+    arms = results["arms"]
+
+    def spread(values, digits):
+        return f"{100 * np.mean(values):.{digits}f} ± {100 * np.std(values, ddof=1):.{digits}f}"
+
+    def paired(what, arm, other):
+        differences = (np.subtract(arms[arm][name], arms[other][name]) for name in ("all", "direct", "general direct"))
+        return [what, *(", ".join(f"{100 * value:+.1f}" for value in values) for values in differences)]
+
+    rows = [[name, ", ".join(f"{100 * value:.1f}" for value in arm["all"]), spread(arm["all"], 1)] for name, arm in arms.items()]
+    against = [
+        paired("one stage against two", "one stage", "sft1 then sft2"),
+        paired("thoughts against none", "sft1 then sft2", "sft1 then sft2 without thoughts"),
+    ]
+    thoughts = {name: (arms[name][f"with_thought {side}"] for side in ("on", "off")) for name in ("sft1 then sft2", "one stage")}
+    switch = [[name, *(spread(values, 0) for values in sides)] for name, sides in thoughts.items()]
+    return {
+        "arms": table(rows, ["accuracy, %", "seeds", "mean ± standard deviation"]),
+        "paired": table(against, ["points, paired by seed", "all tasks", "direct tasks", "direct general tasks"]),
+        "switch": table(switch, ["reasoning answers with a thought, %", "switched on", "off"]),
+    }
+
+
 def main():
     cli.parse(__doc__)
     documents = {
@@ -113,15 +138,15 @@ def main():
         with open(LOG, "w") as file:
             file.writelines(json.dumps(run) + "\n" for run in runs)
     reference = {run["seed"]: run for run in runs if run["arm"] == "sft1, answers only"}
-    table = {}
+    made = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
         names = [name for name in mine[0] if name not in ("arm", "seed")]
-        table[arm] = {name: [run[name] for run in mine] for name in names}
-        table[arm]["all against sft1"] = [run["all"] - reference[run["seed"]]["all"] for run in mine]
-        print(f"{arm:34}", "  ".join(f"{name} {np.mean(v):.3f}±{np.std(v, ddof=1):.3f}" for name, v in table[arm].items()))
+        made[arm] = {name: [run[name] for run in mine] for name in names}
+        made[arm]["all against sft1"] = [run["all"] - reference[run["seed"]]["all"] for run in mine]
+        print(f"{arm:34}", "  ".join(f"{name} {np.mean(v):.3f}±{np.std(v, ddof=1):.3f}" for name, v in made[arm].items()))
     with open(os.path.join(RESULTS, "tuning.json"), "w") as file:
-        json.dump({"tasks_hash": fingerprint(test), "languages": LANGS, "arms": table}, file, indent=1)
+        json.dump({"tasks_hash": fingerprint(test), "languages": LANGS, "arms": made}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import tiktoken
 
 import cli
 from data.reader import held_out, read_folder
+from report import table
 from tokenizer import (
     EUROPEAN,
     MAIN,
@@ -99,22 +100,39 @@ def megabytes_per_second(encode, texts):
     return sum(len(text.encode()) for text in texts) / 1e6 / min(seconds)
 
 
-def plot(table, path):
-    ours = [name for name in table if name.startswith(("Compass", "one"))]
-    peers = [name for name in table if name not in ours]
+def plot(results, path):
+    rates = results["table"]
+    ours = [name for name in rates if name.startswith(("Compass", "one"))]
+    peers = [name for name in rates if name not in ours]
     figure, axis = plt.subplots(figsize=(11, 4))
     x = range(len(LANGUAGES))
-    best = [min(table[name]["held_out"][lang][0] for name in peers) for lang in LANGUAGES]
-    worst = [max(table[name]["held_out"][lang][0] for name in peers) for lang in LANGUAGES]
+    best = [min(rates[name]["held_out"][lang][0] for name in peers) for lang in LANGUAGES]
+    worst = [max(rates[name]["held_out"][lang][0] for name in peers) for lang in LANGUAGES]
     axis.fill_between(x, best, worst, color="0.88", label=f"{len(peers)} public vocabularies, best to worst")
     for name, marker in zip(ours, "o^s", strict=True):
-        axis.plot(x, [table[name]["held_out"][lang][0] for lang in LANGUAGES], marker, label=name)
+        axis.plot(x, [rates[name]["held_out"][lang][0] for lang in LANGUAGES], marker, label=name)
     axis.set_xticks(x, LANGUAGES)
     axis.set_ylim(0)
     axis.set_ylabel("tokens per 100 bytes, held-out text")
     axis.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def tables(results):
+    made = {}
+    for text in ("held_out", "parallel"):
+        rates = {f"{name} ({r['tokens']:,})": {lang: r[text][lang][0] for lang in LANGUAGES} for name, r in results["table"].items()}
+        peers = [name for name in rates if not name.startswith(("Compass", "one"))]
+        shown = {name: rates[name] for name in sorted(rates, key=peers.__contains__)}  # ours first
+        shown[f"the best of these {len(peers)}"] = {lang: min(rates[name][lang] for name in peers) for lang in LANGUAGES}
+        rows = []
+        for name, rate in shown.items():
+            european = sum(rate[lang] for lang in EUROPEAN) / len(EUROPEAN)
+            rows.append([name, *(f"{value:.1f}" for value in (*(rate[lang] for lang in MAIN), european))])
+        made[text] = table(rows, ["tokens per 100 bytes", *MAIN, f"{len(EUROPEAN)} European"])
+    return made
 
 
 def main():
@@ -126,11 +144,11 @@ def main():
     from tokenizers import Tokenizer as PublicTokenizer
 
     train, held, parallel = split_corpus(args.data)
-    table = {}
+    measured = {}
 
     def measure(name, size, count):
-        table[name] = {"tokens": size, "held_out": rates(count, held), "parallel": rates(count, parallel)}
-        row = " ".join(f"{lang} {table[name]['held_out'][lang][0]:5.2f}" for lang in LANGUAGES)
+        measured[name] = {"tokens": size, "held_out": rates(count, held), "parallel": rates(count, parallel)}
+        row = " ".join(f"{lang} {measured[name]['held_out'][lang][0]:5.2f}" for lang in LANGUAGES)
         print(f"{name:34} {size:7} {row}", flush=True)
 
     for path in sorted(glob.glob(os.path.join(args.peers, "*", "models", "tokenizer.json"))):
@@ -147,9 +165,10 @@ def main():
             speed = {"ours": megabytes_per_second(tokenizer.encode, sample), "tiktoken": megabytes_per_second(bare.encode_ordinary, sample)}
             print(f"encoding, MB/s: {speed}")
     os.makedirs(RESULTS, exist_ok=True)
+    results = {"table": measured, "encoding_MB_per_s": speed}
     with open(os.path.join(RESULTS, "vocabulary.json"), "w") as file:
-        json.dump({"table": table, "encoding_MB_per_s": speed}, file, indent=1)
-    plot(table, os.path.join(RESULTS, "vocabulary.png"))
+        json.dump(results, file, indent=1)
+    plot(results, os.path.join(RESULTS, "vocabulary.png"))
     print(f"{RESULTS}/vocabulary.json, vocabulary.png")
 
 
