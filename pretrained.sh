@@ -9,10 +9,10 @@ stage() {  # script, stage, steps
 }
 
 [ -f "$RUN/tokenizer.tiktoken" ] || python tokenizer.py --run "$RUN" --seed "$SEED"
-stage train.py general 1000
-stage train.py anneal 300
+stage train.py general 1500
+stage train.py anneal 400
 stage train.py long 150
-stage sft.py sft1 5000      # direct answers, few phrasings
-stage sft.py sft2 17000     # thoughts beside them, all phrasings
+stage sft.py sft1 4500      # direct answers, few phrasings
+stage sft.py sft2 15000     # thoughts beside them, all phrasings
 python evaluate.py --run "$RUN" --tasks "${TASKS:-25}"
 python checkpoint.py --run "$RUN" --export "$OUT"

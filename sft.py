@@ -22,7 +22,7 @@ from compass import CompassConfig
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
-from data.tasks import CONVERSATIONS, ECOMMERCE, tasks, training
+from data.tasks import CONVERSATIONS, ECOMMERCE, FIRST, LATER, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit, logged, losses_of, model_from, processes, stage_schedule
@@ -33,7 +33,7 @@ STAGES = {
     "sft2": ("sft1", Schedule(1400, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
-PHRASINGS = {"sft1": 4, "sft2": math.inf}  # first what is asked for, in few words; then all the ways of asking for it
+EXERCISES = {"sft1": (FIRST, 4), "sft2": (LATER, math.inf)}  # shares and phrasings: first the tasks, then every way of asking for them
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -262,7 +262,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     if args.data:
         examples = read_tasks(args.data)
     else:
-        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), PHRASINGS[stage])
+        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), *EXERCISES[stage])
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
     model = model_from(state, args.run, ranks, device)

@@ -32,9 +32,8 @@ def draw_name(names, rng, split):
     """A name of the split; in training most are made up, so that copying pays and learning a list of names does not."""
     if split == "test" or rng.random() < 0.3:
         return rng.choice(names[split])
-    starts, ends = (*"bdfghjklmnprstvwyz", "br", "dr", "st", "tr", "th"), ("", "", *"nrls")
     while True:
-        name = "".join(rng.choice(starts) + rng.choice("aeiou") + rng.choice(ends) for _ in range(rng.randint(1, 3)))
+        name = market.made_up(rng)
         if len(name) > 2 and not keyword.iskeyword(name) and not {name, name.capitalize()} & set(names["test"]):
             return name
 

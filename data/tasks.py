@@ -204,22 +204,31 @@ def ledger(lang, rng, split):
     return chat("\n\n".join(rng.sample(lines + pages, len(lines + pages))), [(f"{parcel}:", city) for parcel, city in pairs])
 
 
+def note(lang, rng, split):
+    """A delivery note; each question is the beginning of a line, the answer its rest: copying of what cannot be known."""
+    lines = market.note_lines(lang, rng)
+    return chat("\n".join(lines), [line.split(" ", 1) for line in rng.sample(lines, 3)])
+
+
 CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "listing": functools.partial(recommendation, turns=3),
     "ledger": ledger,
+    "note": note,
 }
-# share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact
-TRAINING = {
-    "page": 15, "listing": 2, "ledger": 2, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
+# share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
+# What is found in pages comes first; sft2 adds what takes far longer to learn
+FIRST = {
+    "page": 15, "listing": 2, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
     "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
-    "similarity": 1, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
+    "similarity": 2, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
     "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
+LATER = {**FIRST, "page": 10, "listing": 4, "ledger": 3, "note": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5}
 
 
-def training(seed, per_language, phrasings=math.inf):
-    """The training set: `per_language` tasks and longer conversations in the shares of TRAINING. Deterministic in the seed.
+def training(seed, per_language, shares=LATER, phrasings=math.inf):
+    """The training set: `per_language` tasks and longer conversations in these shares. Deterministic in the arguments.
 
     phrasings: how many ways of putting each question and each fact are heard at most (see market.phrase).
     """
@@ -227,7 +236,7 @@ def training(seed, per_language, phrasings=math.inf):
     for lang in LANGUAGES:
         rng = random.Random(f"training-{seed}-{lang}")
         rng.phrasings = phrasings
-        for i, name in enumerate(rng.choices(list(TRAINING), TRAINING.values(), k=per_language)):
+        for i, name in enumerate(rng.choices(list(shares), shares.values(), k=per_language)):
             made.append({"id": f"training-{lang}-{i}", "task": name, "lang": lang, **makers[name](lang, rng, "train")})
     return made
 
