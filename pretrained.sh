@@ -14,5 +14,5 @@ stage train.py anneal 400
 stage train.py long 150
 stage sft.py sft1 4500      # direct answers, few phrasings
 stage sft.py sft2 15000     # thoughts beside them, all phrasings
-python evaluate.py --run "$RUN" --tasks "${TASKS:-25}"
+python evaluate.py --run "$RUN" --tasks "${TASKS:-10}"
 python checkpoint.py --run "$RUN" --export "$OUT"
