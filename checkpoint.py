@@ -53,14 +53,14 @@ def write_atomically(path, content):
         raise InputError(f"{path}: could not be written ({error.strerror}); the earlier checkpoints are intact") from None
 
 
-def save_checkpoint(path, model, *, optimizer=None, step=0, stage="", tokenizer_hash="", seed=0):
-    """Save model, config, optimizer and where the run stands; see `load_checkpoint`."""
+def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", tokenizer_hash="", seed=0):
+    """Save model, config, optimizer and where the run stands, at `step` of `planned`; see `load_checkpoint`."""
     buffer = io.BytesIO()
     torch.save(
         {
             "model": model.state_dict(), "config": dataclasses.asdict(model.config),
             "optimizer": optimizer.state_dict() if optimizer else None,
-            "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "step": step, "planned": planned, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
         },
         buffer,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, stage="", tokenizer_
 
 
 def load_checkpoint(path, device="cpu", weights=True):
-    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, stage, tokenizer_hash, seed.
+    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, planned, stage, tokenizer_hash, seed.
 
     A folder of shards, which many ranks wrote (resharding.save_shards), is put together to the same dict; without `weights` only what
     is small is read of it. Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
@@ -182,12 +182,18 @@ def load_model(state, device="cpu", **changes):
     return model.to(device)
 
 
-def inherit(state, tokenizer):
-    """Print what a later stage takes over; refuse another tokenizer than the one the weights were trained with."""
+def inherit(state, tokenizer, to_train=False):
+    """Print what a later stage takes over; refuse another tokenizer than the one the weights were trained with, and to train on
+    what was stopped halfway."""
     if state["tokenizer_hash"] != tokenizer.hash:
         raise InputError(
             f"the tokenizer (hash {tokenizer.hash[:12]}) is not the one that {state['stage']} was trained with "
             f"({state['tokenizer_hash'][:12]}); retrain, or put the old tokenizer back"
+        )
+    if to_train and state["step"] < state.get("planned", 0):
+        raise InputError(
+            f"{state['stage']} was stopped at step {state['step']} of {state['planned']}: finish it with "
+            f"`{STAGES.get(state['stage'], 'its script')}` and --resume first"
         )
     c = state["config"]
     print(

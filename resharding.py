@@ -37,7 +37,7 @@ def tensors_of(model, optimizer):
     return tensors
 
 
-def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=0):
+def save_shards(path, model, optimizer, *, step, planned=0, stage, tokenizer_hash="", seed=0):
     """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file.
 
     Any number of ranks in any layout can load it, and so can a single process (checkpoint.load_checkpoint).
@@ -61,7 +61,8 @@ def save_shards(path, model, optimizer, *, step, stage, tokenizer_hash="", seed=
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         by_decay = {g["weight_decay"]: g for g in settings}
         manifest = {
-            "config": dataclasses.asdict(model.config), "step": step, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "config": dataclasses.asdict(model.config), "step": step, "planned": planned, "stage": stage,
+            "tokenizer_hash": tokenizer_hash, "seed": seed,
             "names": names_of(model), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
             "optimizer_steps": steps, "files": files,
         }  # fmt: skip

@@ -209,7 +209,7 @@ def processes_with_whole_rows(args):
     if ranks is not None and (ranks.layout.pp > 1 or ranks.layout.cp > 1):
         raise InputError(f"--parallel {args.parallel}: preferences are trained with dp, ep and tp; pp and cp would cut the answers")
     state = load_latest(args.run, stage, device, weights=ranks is None)
-    inherit(state, tokenizer := Tokenizer.load(args.run))
+    inherit(state, tokenizer := Tokenizer.load(args.run), to_train=True)
     return device, ranks, tokenizer, state
 
 

@@ -255,7 +255,7 @@ def stage_before(stage, run):
 def run_stage(stage, args, device, tokenizer, ranks=None):
     schedule = STAGES[stage][1]
     state = load_latest(args.run, stage_before(stage, args.run), device, weights=ranks is None)
-    inherit(state, tokenizer)
+    inherit(state, tokenizer, to_train=True)
     schedule = stage_schedule(stage, args, schedule)
     if schedule is None:
         return

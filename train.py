@@ -240,7 +240,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     def save(step):
         path = os.path.join(run, stage, f"step_{step}.pt")
         write = resharding.save_shards if ranks.several else save_checkpoint
-        write(path, model, optimizer=optimizer, step=step, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
+        write(path, model, optimizer=optimizer, step=step, planned=schedule.steps, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
         if ranks.writes:
             prune(run, stage)
 
@@ -369,7 +369,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
             raise InputError(f"the tokenizer has {tokenizer.n_vocab} tokens, config {args.config} only {config.vocab_size}")
     else:
         state = load_latest(args.run, before, device, weights=ranks is None)
-        inherit(state, tokenizer)
+        inherit(state, tokenizer, to_train=True)
         recipe = RECIPES[args.config][stage]
     schedule = stage_schedule(stage, args, recipe.schedule)
     if schedule is None:

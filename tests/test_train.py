@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import checkpoint
-from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
+from checkpoint import checkpoints, inherit, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from compass import Compass
 from data import market, reader
 from train import RECIPES, Schedule, Tokenised, TokenRows, fit, language_model_loss, lr_at
@@ -251,10 +251,15 @@ def test_kill_and_sigterm_lose_nothing_saved(micro_config, micro_tokenizer, tmp_
     wait_for_step(disturbed, saved + 7)
     child.send_signal(signal.SIGTERM)
     assert child.wait() == 0 and load_latest(disturbed, "general")["step"] > saved
+    halfway = {**load_latest(disturbed, "general"), "tokenizer_hash": micro_tokenizer.hash}
+    with pytest.raises(ValueError, match=r"general was stopped at step \d+ of 60: finish it with `python train.py` and --resume"):
+        inherit(halfway, micro_tokenizer, to_train=True)
+    inherit(halfway, micro_tokenizer)  # it may be looked at
     assert start(disturbed).wait() == 0
     assert start(tmp_path / "calm").wait() == 0
     curves = [[(e["step"], e["loss"]) for e in read_metrics(run)] for run in (disturbed, tmp_path / "calm")]
     assert curves[0] == curves[1] and len(curves[0]) == 60
+    inherit({**load_latest(disturbed, "general"), "tokenizer_hash": micro_tokenizer.hash}, micro_tokenizer, to_train=True)
     a, b = (load_latest(run, "general")["model"] for run in (disturbed, tmp_path / "calm"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
