@@ -181,3 +181,21 @@ def test_answers_can_be_checked_against_the_world():
 def test_the_held_out_tasks_are_frozen():
     """Measured accuracies are comparable only while this hash stands; whoever changes the tasks changes it and measures anew."""
     assert fingerprint(tasks("test", 0, 10)) == "da7931a8d1080cb0"
+
+
+def test_few_phrasings_are_the_first_ones_or_a_quarter():
+    rng, templates = random.Random(0), [f"{i}" for i in range(12)]
+    assert {market.phrase(templates, rng) for _ in range(200)} == set(templates)
+    rng.phrasings = 2
+    assert {market.phrase(templates[:6], rng) for _ in range(200)} == {"0", "1"}
+    assert {market.phrase(templates, rng) for _ in range(200)} == {"0", "1", "2"}
+    few, all_of_them = ({text_of(task) for task in training(0, 400, {"knowledge": 1}, n)} for n in (4, math.inf))
+    assert len(few) < 0.7 * len(all_of_them)
+
+
+def test_a_note_can_only_be_copied():
+    for task in training(0, 20, {"note": 1}):
+        note, begin = task["messages"][0]["content"].split("\n\n")
+        begins = [begin, *(m["content"] for m in task["messages"][2::2])]
+        answers = [*(m["content"] for m in task["messages"][1::2]), task["answer"]]
+        assert all(f"{begin} {answer}" in note.split("\n") for begin, answer in zip(begins, answers, strict=True)) and len(answers) == 3
