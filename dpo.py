@@ -99,7 +99,8 @@ def add_reference(pairs, model, rows=32):
         batch = pairs.assemble(chosen)
         batch["place"] = torch.arange(len(batch["tokens"]))
         mine = {name: tensor.to(device) for name, tensor in ranks.take(batch).items()}
-        own_BT = token_logprobs(model, mine["tokens"], mine["mask"], doc_ids_BT=mine["doc_ids"])
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):  # as in training, or the start is off
+            own_BT = token_logprobs(model, mine["tokens"], mine["mask"], doc_ids_BT=mine["doc_ids"])
         logp_BT = ranks.sum(own_BT.new_zeros(batch["mask"].shape).index_copy(0, mine["place"], own_BT)).cpu()
         for i, *logps in zip(chosen, *logp_BT.chunk(2), strict=True):
             reference[i] = [logp_T[: len(ids)] for logp_T, (ids, _) in zip(logps, pairs.rows[i], strict=True)]
