@@ -29,8 +29,8 @@ from train import Schedule, assemble, fit, logged, losses_of, model_from, proces
 
 # stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
 STAGES = {
-    "sft1": ("long", Schedule(3400, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
-    "sft2": ("sft1", Schedule(1400, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
+    "sft1": ("long", Schedule(4200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
+    "sft2": ("sft1", Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
 EXERCISES = {"sft1": (FIRST, 4), "sft2": (LATER, math.inf)}  # shares and phrasings: first the tasks, then every way of asking for them
