@@ -159,7 +159,8 @@ def load_latest(run, stage, device="cpu", weights=True):
         except InputError as error:
             print(f"{error}; trying the one before it")
     problem = "holds no intact checkpoint" if paths else "not found"
-    raise InputError(f"{run}/{stage} {problem}: run `{STAGES.get(stage, 'python train.py')} --run {run}` first")
+    maker = "python reward.py" if stage.startswith("reward") else STAGES.get(stage, "python train.py")
+    raise InputError(f"{run}/{stage} {problem}: run `{maker} --run {run}` first")
 
 
 def latest_stage(run, among=STAGES):

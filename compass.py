@@ -170,6 +170,7 @@ class OneRank:
 @functools.cache
 def flex():
     """flex_attention, compiled where it is used in earnest (uncompiled it holds all scores at once)."""
+    torch._dynamo.config.recompile_limit = 64  # dtypes, gradients and lengths each need a graph; beyond the limit it runs uncompiled
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 
 
@@ -245,11 +246,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_ND, head_VD, target_N, weight_N, rows):
         nll_N = torch.empty_like(weight_N)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        device = h_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+        head = head_VD.to(dtype)  # once, not once a chunk
         dh_ND = torch.empty_like(h_ND) if needs_grad else None
         dhead_VD = torch.zeros_like(head_VD) if needs_grad else None
         for start in range(0, len(h_ND), rows):
-            h, target, weight = (t[start : start + rows] for t in (h_ND, target_N, weight_N))
-            probs = (h @ head_VD.to(h.dtype).T).float()  # logits; they become probabilities in place
+            h, target, weight = (t[start : start + rows] for t in (h_ND.to(dtype), target_N, weight_N))
+            probs = (h @ head.T).float()  # logits; they become probabilities in place
             picked = probs.gather(1, target.unsqueeze(1)).squeeze(1)
             largest = probs.amax(1)
             sums = probs.sub_(largest.unsqueeze(1)).exp_().sum(1)
@@ -257,9 +261,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if needs_grad:  # d loss / d logits = w (softmax - onehot)
                 probs.div_(sums.unsqueeze(1))
                 probs.scatter_add_(1, target.unsqueeze(1), probs.new_full((len(h), 1), -1.0))
-                grad = probs.mul_(weight.unsqueeze(1)).to(h.dtype)
-                dh_ND[start : start + rows] = grad @ head_VD.to(h.dtype)
-                dhead_VD.addmm_(grad.T.to(head_VD.dtype), h.to(head_VD.dtype))
+                grad = probs.mul_(weight.unsqueeze(1)).to(dtype)
+                dh_ND[start : start + rows] = grad @ head
+                if dtype == head_VD.dtype:
+                    dhead_VD.addmm_(grad.T, h)
+                else:
+                    dhead_VD += grad.T @ h
         ctx.save_for_backward(dh_ND, dhead_VD)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weight_N).sum(), nll_N

@@ -11,6 +11,7 @@ Shapes: B pairs, T tokens, V vocabulary. A batch holds 2B rows, the chosen answe
     python dpo.py --data pairs.jsonl --run runs/small --device cuda
 """
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from data.tasks import tasks
 from generate import Sampling, generate, split_thought
 from reward import Pairs, load_pairs, load_reward_model, processes_with_whole_rows, rewards
 from sft import chat_of
-from train import Schedule, fit, model_from, ranks_of, stage_schedule
+from train import Schedule, fit, model_from, precision, ranks_of, stage_schedule
 
 SCHEDULE = Schedule(200, 3e-5, 0.0, 20)  # a model of 30B takes 5e-7
 ROUND = Schedule(60, 1e-4, 0.0, 6)  # of each online round
@@ -99,7 +100,7 @@ def add_reference(pairs, model, rows=32):
         batch = pairs.assemble(chosen)
         batch["place"] = torch.arange(len(batch["tokens"]))
         mine = {name: tensor.to(device) for name, tensor in ranks.take(batch).items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):  # as in training, or the start is off
+        with precision(model, device):  # as in training, or the start is off
             own_BT = token_logprobs(model, mine["tokens"], mine["mask"], doc_ids_BT=mine["doc_ids"])
         logp_BT = ranks.sum(own_BT.new_zeros(batch["mask"].shape).index_copy(0, mine["place"], own_BT)).cpu()
         for i, *logps in zip(chosen, *logp_BT.chunk(2), strict=True):
@@ -150,8 +151,8 @@ def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
     """Pairs out of sampled answers (v2 §4.2): rows as `reward.encode_pairs` makes them, and a Counter of what was left out.
 
     judge(task, answers) -> rewards of the answers' texts, without thoughts. Which two make a pair is `select_pair`'s rule. Answers that
-    never ended are left out. off_policy takes the reference answer as the chosen one (v3's mixed-policy data): then only
-    the rejected one is sampled.
+    never ended are left out. off_policy takes the task's own answer as the chosen one (v3's mixed-policy data): then only
+    the rejected one is sampled, also where all are wrong.
     """
     n, end, rows, left_out = len(completions) // len(examples), tokenizer.special["<|end|>"], [], Counter()
     for i, (task, prompt) in enumerate(zip(examples, prompts, strict=True)):
@@ -159,17 +160,18 @@ def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
         left_out["unfinished or empty answers"] += n - len(ended)
         texts = [split_thought(completion.text)[1] for completion in ended]
         right = [SCORERS[task["scorer"]](text, task["answer"]) for text in texts]
-        correct = None if task["scorer"] in OPEN else right
-        pair = select_pair([tuple(completion.ids) for completion in ended], judge(task, texts), correct) if ended else None
+        pair = None
+        if ended:
+            answers, scores = [tuple(completion.ids) for completion in ended], judge(task, texts)
+            if off_policy:  # above all others, and right
+                ids, _ = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
+                answers, scores, right = [tuple(ids[len(prompt) : -1]), *answers], [math.inf, *scores], [True, *right]
+            pair = select_pair(answers, scores, None if task["scorer"] in OPEN else right)
         if pair is None:
-            verdict = "right" if all(right) else "alike" if any(right) else "wrong"
+            verdict = "unfinished" if not ended else "right" if all(right) else "alike" if any(right) else "wrong"
             left_out[f"prompts with all answers {verdict}"] += 1
             continue
-        sides = [([*prompt, *ids, end], [0] * len(prompt) + [1] * (len(ids) + 1)) for ids in pair]
-        if off_policy:
-            ids, _ = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
-            sides[0] = ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-        rows.append(sides)
+        rows.append([([*prompt, *ids, end], [0] * len(prompt) + [1] * (len(ids) + 1)) for ids in pair])
     return rows, left_out
 
 

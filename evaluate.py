@@ -100,6 +100,7 @@ def bits_per_byte(model, tokenizer, documents, rows=16):
     not counted.
     """
     pieces, length = defaultdict(list), model.config.max_seq_len
+    rows = min(rows, max(1, 65536 // length))  # the mask of a batch has rows x length² places
     for document in documents:
         ids = tokenizer.encode(document["text"])
         pieces[document["lang"] or "?"] += [ids[i : i + length] for i in range(0, len(ids), length)]
@@ -138,6 +139,8 @@ def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None
             prompts.append(tokenizer.encode("\n".join(message["content"] for message in task["messages"])))
         else:
             prompts.append(tokenizer.encode_chat(task["messages"], thinking=thinking and "think" in task)[0])
+        if len(prompts[-1]) >= model.config.max_seq_len:
+            raise InputError(f"task {task['id']}: {len(prompts[-1])} tokens leave no room for an answer in {model.config.max_seq_len}")
     kept = Answers() if kept is None else kept
     missing = [prompt for prompt in prompts if kept.key(prompt) not in kept.texts]
     for start in range(0, len(missing), 256):

@@ -12,6 +12,8 @@ import contextlib
 import sys
 from dataclasses import dataclass
 
+import torch
+
 import cli
 from checkpoint import inherit, latest_stage, load_latest, load_model
 from cli import InputError
@@ -48,8 +50,8 @@ def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64, stops=(), dr
     that leaves no room in the context, settings out of range, or logits that are not finite.
     """
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    if n < 1:
-        raise InputError(f"n is {n}, must be at least 1")
+    if min(n, max_rows) < 1:
+        raise InputError(f"n is {n}, max_rows {max_rows}: both must be at least 1")
     if not ids:
         return []
     with eval_mode(model):
@@ -106,11 +108,15 @@ def split_thought(text):
 
 
 def load_for_inference(run, device, stage=None):
-    """(model in eval mode, tokenizer) of a run's stage, by default its last."""
+    """(model in eval mode, tokenizer) of a run's stage, by default its last. On a GPU all weights but the router's are bf16."""
     tokenizer = Tokenizer.load(run)
-    state = load_latest(run, stage or latest_stage(run), device)
+    state = load_latest(run, stage or latest_stage(run))  # the optimizer's moments need not go to the device
     inherit(state, tokenizer)
     model = load_quantized(state, device) if is_quantized(state) else load_model(state, device)
+    if torch.device(device).type == "cuda":
+        for name, p in model.named_parameters():
+            if not name.endswith("router.weight"):
+                p.data = p.data.to(torch.bfloat16)
     return model.eval(), tokenizer
 
 

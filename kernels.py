@@ -311,7 +311,7 @@ if triton is not None:
             if WIDE:
                 total += tl.dot(w_FD.to(tl.float32), tl.trans(a_MD.to(tl.float32)))
             else:
-                total = tl.dot(w_FD, tl.trans(a_MD), total)
+                total = tl.dot(w_FD, tl.trans(a_MD), total, max_num_imprecise_acc=BD)  # sm_90 would sum in fewer bits than fp32
         total *= tl.load(x_scale + first + m, mask=m < rows, other=0.0)[None, :]
         total *= tl.load(weight_scale + channel, mask=f < F, other=0.0)[:, None]
         at = out + (first + m)[:, None] * F + f[None, :]
@@ -384,14 +384,14 @@ def fp8_grouped_matmul(x_RD, weight_fp8, weight_scale, counts_E):
 def int4_matmul(x, qweight, scales, zeros):
     """x (..., in) times the transpose of an int4 weight (out, in / 2) with scales and zeros (out, in / group) -> (..., out)."""
     rows = x.reshape(-1, x.shape[-1])
-    counts = torch.tensor([len(rows)], device=x.device)
+    counts = torch.full((1,), len(rows), device=x.device)
     return int4_grouped_matmul(rows, qweight[None], scales[None], zeros[None], counts).unflatten(0, x.shape[:-1])
 
 
 def fp8_matmul(x, weight_fp8, weight_scale):
     """x (..., in) times the transpose of an fp8 weight (out, in) with one scale a row (out,) -> (..., out)."""
     rows = x.reshape(-1, x.shape[-1])
-    counts = torch.tensor([len(rows)], device=x.device)
+    counts = torch.full((1,), len(rows), device=x.device)
     return fp8_grouped_matmul(rows, weight_fp8[None], weight_scale[None], counts).unflatten(0, x.shape[:-1])
 
 

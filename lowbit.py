@@ -79,7 +79,7 @@ def scaled_rows(x_RD, input_scale, counts_E):
 def grouped(x, counts_E):
     """(rows (R, D), counts_E): x itself flattened, and all rows for the one matrix where no counts are given."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows, torch.tensor([len(rows)], device=x.device) if counts_E is None else counts_E
+    return rows, torch.full((1,), len(rows), device=x.device) if counts_E is None else counts_E
 
 
 def bf16_product(x_RD, weight_FD):

@@ -28,13 +28,13 @@ def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
     of a larger batch that these N tokens are part of (default: their own).
     """
     counts_E = count_assignments(expert_index_NK, num_experts) if counts_E is None else counts_E
-    p_E, c_E = probs_NE.mean(0), counts_E.to(probs_NE.dtype)
+    p_E, c_E = probs_NE.sum(0) / max(1, len(probs_NE)), counts_E.to(probs_NE.dtype)  # a rank may hold padding only
     return num_experts * (p_E * c_E / counts_E.sum()).sum()
 
 
 def router_z_loss(logits_NE):
     """L_z = mean_n (logsumexp_i z_ni)^2 (v2 §2.2), a scalar."""
-    return logits_NE.logsumexp(-1).square().mean()
+    return logits_NE.logsumexp(-1).square().sum() / max(1, len(logits_NE))
 
 
 class SwiGLU(nn.Module):
@@ -91,7 +91,8 @@ class MoE(nn.Module):
         gate_ENF, up_ENF = (x_ND @ self.gate_up_ED2F).chunk(2, dim=-1)
         weights_NE = torch.zeros(len(x_ND), self.n_experts, dtype=weights_NK.dtype, device=x_ND.device).scatter_(1, index_NK, weights_NK)
         h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
-        return (h_ENF.transpose(0, 1).flatten(1) @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
+        h_ND = h_ENF.transpose(0, 1).flatten(1).to(self.down_EFD.dtype)  # all experts' hidden units beside each other
+        return (h_ND @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
 
     def all_are_read(self, N):
         """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough

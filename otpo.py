@@ -82,6 +82,14 @@ def distances(x_BTD, y_BSD):
     return squared_BTS.sqrt()
 
 
+def answers_first(hidden_BTD, mask_BT):
+    """The answer tokens of every row at its front: (hidden_BAD, 0 behind the answer, mask_BA, places_BA in the row), A the longest's."""
+    places_BA = mask_BT.argsort(dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(1).max())]
+    mask_BA = mask_BT.gather(1, places_BA)
+    hidden_BAD = hidden_BTD.gather(1, places_BA.unsqueeze(2).expand(-1, -1, hidden_BTD.shape[2]))
+    return hidden_BAD * mask_BA.unsqueeze(2), mask_BA, places_BA
+
+
 @torch.no_grad()
 def ot_token_weights(hidden_chosen_BTD, hidden_rejected_BSD, mask_chosen_BT, mask_rejected_BS, reg=1.0, reg_marginal=0.2):
     """Weights of the answer tokens, (w_chosen_BT, w_rejected_BS), fp32 or wider, without gradient; 0 on padding.
@@ -95,12 +103,14 @@ def ot_token_weights(hidden_chosen_BTD, hidden_rejected_BSD, mask_chosen_BT, mas
     tau_B1 = torch.minimum(a_BT.sum(1), b_BS.sum(1)).unsqueeze(1)
     if not bool((tau_B1 > 0).all()):
         raise InputError(f"pair {int((tau_B1 == 0).nonzero()[0, 0])} has an empty answer")
-    cost_BTS = distances(hidden_chosen_BTD.to(wide), hidden_rejected_BSD.to(wide))
-    cost_BTS = cost_BTS.masked_fill((a_BT.unsqueeze(2) * b_BS.unsqueeze(1)) == 0, 0.0)
-    cost_BTS = cost_BTS / cost_BTS.amax((1, 2), keepdim=True).clamp_min(1.0)
-    chosen_BT, rejected_BS = transported_mass(cost_BTS, a_BT, b_BS, reg, reg_marginal)
-    moved_B1 = chosen_BT.sum(1, keepdim=True)
-    return tau_B1 * chosen_BT / moved_B1, tau_B1 * rejected_BS / moved_B1
+    with torch.autocast(hidden_chosen_BTD.device.type, enabled=False):
+        x_BAD, a_BA, from_BA = answers_first(hidden_chosen_BTD.to(wide), a_BT)  # prompts would only cost time and memory
+        y_BCD, b_BC, from_BC = answers_first(hidden_rejected_BSD.to(wide), b_BS)
+        cost_BAC = distances(x_BAD, y_BCD).masked_fill((a_BA.unsqueeze(2) * b_BC.unsqueeze(1)) == 0, 0.0)
+        cost_BAC = cost_BAC / cost_BAC.amax((1, 2), keepdim=True).clamp_min(1.0)
+        chosen_BA, rejected_BC = transported_mass(cost_BAC, a_BA, b_BC, reg, reg_marginal)
+        share_B1 = tau_B1 / chosen_BA.sum(1, keepdim=True)
+    return a_BT.scatter(1, from_BA, share_B1 * chosen_BA), b_BS.scatter(1, from_BC, share_B1 * rejected_BC)
 
 
 def uniform_weights(mask_chosen_BT, mask_rejected_BS):

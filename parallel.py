@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single
+from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -171,14 +171,14 @@ def context_mask(doc_ids_BT, mine_T, keys_T):
 
 def attend_in_context(group, q_BHTC, k_BGTC, v_BGTC, mask):
     """compass.attend of this rank's queries over the keys and values of all cp ranks."""
-    k_BGTC, v_BGTC = all_gather_single_autograd(torch.cat((k_BGTC, v_BGTC), dim=-1), 2, group).chunk(2, dim=-1)
+    k_BGTC, v_BGTC = wait_tensor(all_gather_single_autograd(torch.cat((k_BGTC, v_BGTC), dim=-1), 2, group)).chunk(2, dim=-1)
     return attend(q_BHTC, k_BGTC, v_BGTC, mask)
 
 
 def exchange_sizes(sent_PE, got_PE, rows):
     """Rows that go to and come from each rank, two lists: the one place where the host waits for a device's numbers. plan.py, whose
     tensors hold no numbers, puts a guess made from `rows` here."""
-    return sent_PE.sum(1).tolist(), got_PE.sum(1).tolist()
+    return torch.stack((sent_PE.sum(1), got_PE.sum(1))).tolist()
 
 
 def exchange_and_compute(moe, group, x_RD, counts_E):
@@ -195,7 +195,7 @@ def exchange_and_compute(moe, group, x_RD, counts_E):
     to_S = to_S1.squeeze(1)
     x_SD = move_rows(x_SD, from_S, to_S)
     y_SD = move_rows(grouped_swiglu(x_SD, counts_E, *weights), to_S, from_S)
-    return all_to_all_single(y_SD, sent, got, group)
+    return wait_tensor(all_to_all_single(y_SD, sent, got, group))  # Triton would read the memory of a result that is still on its way
 
 
 def shard_experts(moe, mesh):
@@ -306,7 +306,7 @@ def start(text, config, device_name):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     print(f"{dist.get_world_size()} processes: {layout}")
     return device, Ranks(layout, device.type)
 

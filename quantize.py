@@ -279,6 +279,8 @@ def main():
         raise InputError(f"{out}/{stage} already holds a checkpoint: name another folder with --out, or delete it")
     model = checkpoint.load_model(state, device).eval()
     pool = calibration_pool(tokenizer, args.data, model.config.max_seq_len, args.seed)
+    if not pool:
+        raise InputError(f"--data {args.data}: no text of two tokens or more to calibrate on")
     chosen = oversample(model, pool)
     quantized = quantize_model(model, [pool[i] for i in chosen], args.method, args.group, args.seed)
     least, total = min(entry["tokens"] for entry in quantized.report), sum(pool[i].numel() for i in chosen)

@@ -60,7 +60,7 @@ def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_
     return {
         "general": Recipe(context, rows, micro_rows, schedules[0], recompute=recompute),
         "anneal": Recipe(context, rows * 3 // 2, micro_rows, schedules[1], recompute=recompute),
-        "long": Recipe(long_context, long_rows, min(micro_rows, long_rows), schedules[2], 1e6, recompute),
+        "long": Recipe(long_context, long_rows, min(max(1, micro_rows * context // long_context), long_rows), schedules[2], 1e6, recompute),
     }
 
 

@@ -32,7 +32,7 @@ def tensors_of(model, optimizer):
         if optimizer is not None:
             state = optimizer.state[p]
             if not state:
-                state.update(step=torch.zeros(()), **{kind: torch.zeros_like(p) for kind in MOMENTS})
+                state.update(step=torch.zeros((), device=p.device), **{kind: torch.zeros_like(p) for kind in MOMENTS})
             tensors.update({f"{kind}.{name}": state[kind] for kind in MOMENTS})
     return tensors
 

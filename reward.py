@@ -22,8 +22,8 @@ from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
 from data.reader import read_jsonl
-from tokenizer import Tokenizer
-from train import Schedule, finished, fit, model_from, processes
+from tokenizer import ROLES, Tokenizer
+from train import Schedule, finished, fit, model_from, precision, processes
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
 # not which four of the eight
@@ -59,7 +59,8 @@ def best_of_n(rewards_PN, correct_PN):
     ranked_PN = correct_PN.double().gather(1, order_PN)
     result, n = {}, 1
     while n <= N:
-        chance_N = torch.tensor([math.comb(N - 1 - rank, n - 1) / math.comb(N, n) for rank in range(N)], dtype=torch.float64)
+        chances = [math.comb(N - 1 - rank, n - 1) / math.comb(N, n) for rank in range(N)]
+        chance_N = torch.tensor(chances, dtype=torch.float64, device=ranked_PN.device)
         result[n] = (ranked_PN * chance_N).sum(1).mean().item()
         n *= 2
     return result
@@ -82,7 +83,9 @@ class RewardModel(nn.Module):
         """rewards_B of whole conversations; doc_ids is -1 on the padding behind them."""
         h_BTD = self.backbone.norm(self.backbone.hidden(tokens_BT, doc_ids_BT=doc_ids_BT)[0])
         last_B = (doc_ids_BT >= 0).sum(1) - 1
-        return self.value(h_BTD[torch.arange(len(last_B), device=last_B.device), last_B]).squeeze(1).float()
+        h_BD = h_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        with torch.autocast(h_BD.device.type, enabled=False):  # rewards that differ little must not be rounded to the same
+            return self.value(h_BD.float()).squeeze(1)
 
 
 def reward_loss(model, batch):
@@ -100,6 +103,9 @@ def read_pairs(path):
         for field, kind in (("messages", list), ("chosen", str), ("rejected", str)):
             if not isinstance(pair.get(field), kind):
                 raise InputError(f'{path}:{number}: field "{field}" is missing or no {kind.__name__}')
+        for message in pair["messages"]:
+            if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise InputError(f"{path}:{number}: a message needs a role ({', '.join(ROLES)}) and text, got {message!r}")
         pairs.append({"id": str(number), **pair})
     if not pairs:
         raise InputError(f"{path}: empty file")
@@ -173,7 +179,8 @@ def pair_accuracy(model, pairs, rows=32):
     right, device = 0, next(model.parameters()).device
     for start in range(0, len(pairs.rows), rows):
         batch = pairs.assemble(range(start, min(len(pairs.rows), start + rows)))
-        chosen_B, rejected_B = model(batch["tokens"].to(device), batch["doc_ids"].to(device)).chunk(2)
+        with precision(model, device):
+            chosen_B, rejected_B = model(batch["tokens"].to(device), batch["doc_ids"].to(device)).chunk(2)
         right += int((chosen_B > rejected_B).sum())
     return right / len(pairs.rows)
 
@@ -188,14 +195,16 @@ def rewards(model, tokenizer, chats, rows=64):
         width = len(encoded[chosen[-1]])
         tokens_BT = torch.tensor([encoded[i] + [0] * (width - len(encoded[i])) for i in chosen], device=device)
         doc_ids_BT = torch.tensor([[0] * len(encoded[i]) + [-1] * (width - len(encoded[i])) for i in chosen], device=device)
-        for i, reward in zip(chosen, model(tokens_BT, doc_ids_BT).tolist(), strict=True):
+        with precision(model, device):
+            rewards_B = model(tokens_BT, doc_ids_BT)
+        for i, reward in zip(chosen, rewards_B.tolist(), strict=True):
             result[i] = reward
     return result
 
 
 def load_reward_model(run, device, stage="reward"):
     """(reward model in eval mode, its checkpoint's dict); stage "reward" is the average, "reward/1" … its members."""
-    state = load_latest(run, stage, device)
+    state = load_latest(run, stage)
     backbone = Compass(CompassConfig(**state["config"]))
     model = RewardModel(backbone)
     model.load_state_dict(state["model"])
@@ -208,7 +217,7 @@ def processes_with_whole_rows(args):
     device, ranks = processes(args, lambda: CompassConfig(**load_latest(args.run, stage, weights=False)["config"]))
     if ranks is not None and (ranks.layout.pp > 1 or ranks.layout.cp > 1):
         raise InputError(f"--parallel {args.parallel}: preferences are trained with dp, ep and tp; pp and cp would cut the answers")
-    state = load_latest(args.run, stage, device, weights=ranks is None)
+    state = load_latest(args.run, stage, weights=ranks is None)
     inherit(state, tokenizer := Tokenizer.load(args.run), to_train=True)
     return device, ranks, tokenizer, state
 

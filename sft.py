@@ -193,7 +193,7 @@ class Chats:
             if DOMAINS.index(name) not in self.domains:
                 raise InputError(f'no conversation is of the domain {name}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
-        self.capacity = max(CAPACITY, max(lengths))
+        self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # a number that context parallelism can cut
         self.units_per_step = max(1, round(CAPACITY * ROWS / self.capacity)) if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed))
         places = self.capacity * len(self.units)
@@ -254,7 +254,7 @@ def stage_before(stage, run):
 
 def run_stage(stage, args, device, tokenizer, ranks=None):
     schedule = STAGES[stage][1]
-    state = load_latest(args.run, stage_before(stage, args.run), device, weights=ranks is None)
+    state = load_latest(args.run, stage_before(stage, args.run), weights=ranks is None)
     inherit(state, tokenizer, to_train=True)
     schedule = stage_schedule(stage, args, schedule)
     if schedule is None:
@@ -290,6 +290,8 @@ def main():
         return CompassConfig(**load_latest(args.run, stage_before(stages[0], args.run), weights=False)["config"])
 
     device, ranks = processes(args, inherited_config)
+    if ranks is not None and ranks.layout.pp > 1:
+        raise InputError(f"--parallel {args.parallel}: pp is for train.py; tuning takes dp, cp, ep and tp")
     tokenizer = Tokenizer.load(args.run)
     torch.manual_seed(args.seed)
     for stage in stages:

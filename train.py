@@ -197,12 +197,17 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     return loss, norm, finite, {name: value.tolist() for name, value in metrics.items()}
 
 
+def precision(model, device):
+    """bf16 products on a GPU; where many ranks share a model, FSDP gathers its weights in bf16 and nothing is to be cast."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and not ranks_of(model).several)
+
+
 def _accumulate(model, micro_batches, shares, loss_fn, device):
     """Forward and backward of the micro-batches, each weighed by its share: (loss, {metric: tensor})."""
     loss, metrics = torch.zeros((), dtype=torch.float64, device=device), {}
     for batch, share in zip(micro_batches, shares, strict=True):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        with precision(model, device):
             micro_loss, micro_metrics = loss_fn(model, batch)
         (micro_loss * share).backward()
         loss += micro_loss.detach() * share
@@ -227,10 +232,11 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         start = resharding.restore_latest(run, stage, model, optimizer)["step"]
         print(f"{stage}: resumed at step {start}")
     elif resume and checkpoints(run, stage):
-        state = load_latest(run, stage, device)
+        state = load_latest(run, stage)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        del state
         print(f"{stage}: resumed at step {start}")
     elif checkpoints(run, stage):
         raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
@@ -368,7 +374,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         if tokenizer.n_vocab > config.vocab_size:
             raise InputError(f"the tokenizer has {tokenizer.n_vocab} tokens, config {args.config} only {config.vocab_size}")
     else:
-        state = load_latest(args.run, before, device, weights=ranks is None)
+        state = load_latest(args.run, before, weights=ranks is None)
         inherit(state, tokenizer, to_train=True)
         recipe = RECIPES[args.config][stage]
     schedule = stage_schedule(stage, args, recipe.schedule)

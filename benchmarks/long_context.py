@@ -4,9 +4,9 @@ One model learns to find parcels in texts of 256 tokens, beside plain documents,
 ways: on texts of 256 tokens, on texts of 1024 tokens with the RoPE base unchanged, and on those with ABF (base 1e6). Each is asked
 for a parcel hidden at five depths, and for one line of many, in texts from 128 to 2048 tokens; and its bits per byte on
 short documents are measured. English only, because retrieval from scratch takes long; the cities to be found have weight 1,
-plain text 0.1. Three seeds of initialisation and data.
+plain text 0.1. Three seeds of initialisation and data; finished ones are kept in benchmarks/results/long_context.jsonl.
 
-    python -m benchmarks.long_context      # about 25 minutes on two cores
+    python -m benchmarks.long_context      # about 45 minutes
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
 SEEDS, STEPS, LONG_STEPS = 3, 2000, 150
+LOG = os.path.join(RESULTS, "long_context.jsonl")
 LENGTHS = (128, 256, 512, 1024, 1536, 2048)
 
 
@@ -115,16 +116,22 @@ def main():
     documents = [document for document in market.documents("general", 0, per_language=3000) if document["lang"] == "en"]
     held = [document for document in market.documents("general", 0, "test", per_language=100) if document["lang"] == "en"]
     tokenizer = train_tokenizer(documents, CONFIGS["tiny"].vocab_size)
-    tokenised, results = Tokenised(documents, tokenizer), {}
-    for seed in range(SEEDS):
-        for name, figures in one_seed(tokenised, tokenizer, held, seed).items():
-            results.setdefault(name, []).append(figures)
+    tokenised, runs = Tokenised(documents, tokenizer), []
+    if os.path.exists(LOG):
+        with open(LOG) as file:
+            runs = [json.loads(line) for line in file]
+    for seed in range(len(runs), SEEDS):
+        runs.append(one_seed(tokenised, tokenizer, held, seed))
+        for name, figures in runs[-1].items():
             by_length = np.mean(figures["needles"], axis=1)
             print(f"seed {seed}, {name}: bits per byte {figures['bits']:.4f}; needles", *(f"{value:.2f}" for value in by_length),
                   "; lines", *(f"{value:.2f}" for value in figures["lines"]), flush=True)  # fmt: skip
-        with open(os.path.join(RESULTS, "long_context.json"), "w") as file:
-            json.dump(results, file)
-        plot(results, os.path.join(RESULTS, "long_context.png"))
+        with open(LOG, "a") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
+    results = {name: [run[name] for run in runs] for name in runs[0]}
+    with open(os.path.join(RESULTS, "long_context.json"), "w") as file:
+        json.dump(results, file)
+    plot(results, os.path.join(RESULTS, "long_context.png"))
 
 
 if __name__ == "__main__":

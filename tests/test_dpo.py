@@ -151,9 +151,15 @@ def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
     # a checkable answer: right against wrong, whatever the reward says; an open one: by reward alone
     assert answers == [["<think> a</think> 7<|end|>", "<think> long</think> 8<|end|>"], [" red<|end|>", " blue<|end|>"]]
     assert all(ids[: len(prompt)] == prompt for prompt, row in zip((prompts[0], prompts[3]), rows, strict=True) for ids, _ in row)
-    (mixed, _), _ = label(t, examples, prompts, flat, lambda task, answers: [worth[answer] for answer in answers], off_policy=True)
-    assert t.decode(mixed[0][0]).endswith("<think> 3 + 4</think> 7<|end|>") and mixed[1] == rows[0][1]
-    assert sum(mixed[0][1]) == len(t.encode(" 3 + 4")) + len(t.encode(" 7")) + 3
+    mixed, left_out = label(t, examples, prompts, flat, lambda task, answers: [worth[answer] for answer in answers], off_policy=True)
+    assert left_out == {"unfinished or empty answers": 3, "prompts with all answers right": 1}  # the task's answer goes with wrong ones
+    (thought, wrong), (red, green), (soft_red, blue) = mixed
+    assert t.decode(thought[0]).endswith("<think> 3 + 4</think> 7<|end|>") and wrong == rows[0][1] and blue == rows[1][1]
+    assert sum(thought[1]) == len(t.encode(" 3 + 4")) + len(t.encode(" 7")) + 3
+    endings = [t.decode(ids[sum(m == 0 for m in mask) :]) for ids, mask in (red, green, soft_red)]
+    assert endings == [" red<|end|>", " green<|end|>", " soft red<|end|>"]
+    nothing = [completion(t, "", False)] * 4
+    assert label(t, examples[:1], prompts[:1], nothing, None)[1]["prompts with all answers unfinished"] == 1
 
 
 def test_alarms():

@@ -106,6 +106,12 @@ def test_samples(micro_model, micro_tokenizer, monkeypatch):
     assert best_of_samples(micro_model, micro_tokenizer, test, 4) == {"mean@1": 0.375, "majority@4": 0.5, "pass@4": 0.5}
 
 
+def test_a_task_longer_than_the_context_is_named(micro_model, micro_tokenizer):
+    task = {"id": "mine-3", "messages": [{"role": "user", "content": "word " * 64}], "answer": "a", "scorer": "exact"}
+    with pytest.raises(ValueError, match=r"task mine-3: \d+ tokens leave no room for an answer in 64"):
+        answer_tasks(micro_model, micro_tokenizer, [task])
+
+
 def test_every_fault_of_a_task_file_has_its_line(tmp_path):
     good = {"id": "a", "messages": [{"role": "user", "content": "q"}], "answer": "yes"}
     lines = [

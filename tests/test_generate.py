@@ -84,6 +84,15 @@ def test_sampling_equals_a_hand_written_filter():
             assert probs[row].tolist() == pytest.approx(by_hand(logits[row].tolist(), seen[row].tolist(), s), abs=1e-5)
 
 
+def test_a_model_in_bf16_answers(micro_model, micro_tokenizer):
+    """As load_for_inference makes it on a GPU: few rows take another path through the experts than many."""
+    for name, p in micro_model.named_parameters():
+        p.data = p.data if name.endswith("router.weight") else p.data.to(torch.bfloat16)
+    sampling = Sampling(temperature=0, repetition=1.0, max_tokens=6)
+    one, many = (generate(micro_model, micro_tokenizer, PROMPTS * n, sampling) for n in (1, 20))
+    assert all(len(c.ids) > 0 or c.stopped for c in many) and len(one) == 4 and len(many) == 80
+
+
 def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
     full = generate(micro_model, micro_tokenizer, [[5] * 60], Sampling(temperature=2.0, top_k=0, top_p=1.0))[0]
     assert full.stopped or len(full.ids) == 4  # the context of 64 ends it
@@ -92,6 +101,8 @@ def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
             generate(micro_model, micro_tokenizer, prompts, GREEDY)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         generate(micro_model, micro_tokenizer, [[1]], Sampling(max_tokens=0))
+    with pytest.raises(ValueError, match="max_rows 0: both must be at least 1"):
+        generate(micro_model, micro_tokenizer, [[1]], GREEDY, max_rows=0)
     micro_model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         generate(micro_model, micro_tokenizer, [[1]], GREEDY)

@@ -249,7 +249,7 @@ def test_permute_compiles_to_wide_accesses(arch):
 
 
 SIZES = {"out": "*bf16", "table": "*i32", "F": "i32", "D": "i32"}
-INT4 = {"x": "*bf16", "qweight": "*u8", "scales": "*bf16", "zeros": "*bf16", **SIZES}
+INT4 = {"x": "*bf16", "qweight": "*u8", "scales": "*bf16", "zeros": "*u8", **SIZES}
 FP8 = {"x": "*fp8e4nv", "x_scale": "*fp32", "weight": "*fp8e4nv", "weight_scale": "*fp32", **SIZES}
 
 

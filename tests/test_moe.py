@@ -135,3 +135,21 @@ def test_asking_every_expert_equals_sorting(micro_config):
             torch.testing.assert_close(routed, expected[0], rtol=1e-5, atol=1e-6)
             assert layer.all_are_read(tokens) == (2 <= tokens <= 32)
         assert not layer.all_are_read(tokens)  # never in training
+
+
+def test_bf16_weights_answer_in_both_ways(micro_config):
+    layer = make_layer(micro_config)
+    for name, p in layer.named_parameters():
+        p.data = p.data if name == "router.weight" else p.data.bfloat16()
+    x = torch.randn(1, 5, 32).bfloat16()
+    with torch.no_grad():
+        every, sorted_ = layer(x)[0], layer(torch.cat([x, x.repeat(1, 7, 1)], 1))[0][:, :5]  # 5 and 40 tokens
+    assert every.dtype == torch.bfloat16
+    torch.testing.assert_close(every, sorted_, rtol=0.02, atol=0.02)
+
+
+def test_losses_without_tokens_are_zero():
+    """A rank of many may hold padding only."""
+    empty = torch.zeros(0, 4)
+    aux = load_balancing_loss(empty, torch.zeros(0, 2, dtype=torch.int64), 4, torch.tensor([3, 3, 2, 2]))
+    assert aux.item() == 0 and router_z_loss(empty).item() == 0

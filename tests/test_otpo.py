@@ -6,6 +6,7 @@ import ot
 import pytest
 import torch
 
+import otpo
 from dpo import dpo_loss
 from otpo import ot_token_weights, otpo_loss, sinkhorn, sweeps_for, transported_mass, uniform_weights
 
@@ -143,3 +144,25 @@ def test_bad_input_is_named():
         ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), reg=0.01)
     with pytest.raises(ValueError, match="reg is 0.01"):
         sinkhorn(torch.zeros(1, 1, 1), torch.ones(1, 1), torch.ones(1, 1), 0.01, 0.2, 5)
+
+
+def test_prompts_cost_nothing_and_autocast_changes_nothing(monkeypatch):
+    """Answers behind long prompts and before padding, in any place: the weights of the answers alone; only answers reach the costs."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, 12, 16, generator=g)
+    lengths, starts = ((3, 7, 1), (5, 2, 6)), ((200, 0, 50), (3, 180, 20))
+    wide, masks = torch.zeros(2, 3, 300, 16), torch.zeros(2, 3, 300)
+    narrow = torch.zeros(2, 3, 12)
+    for side in range(2):
+        for pair in range(3):
+            n, at = lengths[side][pair], starts[side][pair]
+            wide[side, pair, at : at + n], masks[side, pair, at : at + n], narrow[side, pair, :n] = hidden[side, pair, :n], 1, 1
+    seen = []
+    monkeypatch.setattr(otpo, "distances", lambda x, y, distances=otpo.distances: seen.append((*x.shape, *y.shape)) or distances(x, y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ot_token_weights(*wide, *masks)
+    assert seen == [(3, 7, 16, 3, 6, 16)]
+    for weights, mask, alone, short in zip(found, masks, ot_token_weights(*hidden, *narrow), narrow, strict=True):
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights[mask > 0], alone[short > 0], rtol=1e-6, atol=1e-6)
+        assert (weights[mask == 0] == 0).all()

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import parallel
 import plan
 import resharding
 import reward
+import sft
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from compass import CONFIGS, Compass, count_parameters
 from data import market
@@ -163,6 +165,9 @@ def two_ranks(folder):
         for stage in OBJECTIVES:
             loss, norm, model = one_preference_step(stage, parallelize(fresh("tiny"), Ranks(layout, "cpu")))
             torch.save((loss, norm, whole(model, gradients=True)), f"{folder}/{dist.get_rank()}-{stage}-{tuple(layout)}.pt")
+    moe = parallelize(fresh("tiny"), Ranks(Layout(ep=2), "cpu")).blocks[0].feed_forward
+    arrived = moe.experts(torch.ones(16, 32), torch.ones(16, dtype=torch.int64))
+    assert type(arrived) is torch.Tensor  # not one still on its way, whose memory a Triton kernel must not read
     if dist.get_rank() == 0:
         for name in ("two", "stages"):
             shutil.copytree(f"{folder}/calm", f"{folder}/{name}")
@@ -337,6 +342,13 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     assert os.path.isfile(run / "reward" / "step_1.pt")
     result = script(*torchrun, "otpo.py", *preferences, "--parallel", "tp=2")
     assert result.returncode == 0 and curve(run)[-1] == (0, pytest.approx(0.693, abs=1e-3)), result.stderr
+
+
+def test_tuning_takes_no_pipeline(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--parallel", "pp=2"])
+    monkeypatch.setattr(sft, "processes", lambda args, config_of: (CPU, argparse.Namespace(layout=Layout(pp=2))))
+    with pytest.raises(ValueError, match="pp=2: pp is for train.py"):
+        sft.main()
 
 
 @pytest.mark.parametrize("axis", ["pp", "cp"])

@@ -360,6 +360,10 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     assert summary["method"] == "awq" and min(entry["tokens"] for entry in summary["matrices"]) >= summary["minimum"]
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         command("--run", run)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "en.jsonl").write_text(json.dumps({"text": "a"}))
+    with pytest.raises(ValueError, match="texts: no text of two tokens or more to calibrate on"):
+        command("--run", run, "--out", str(tmp_path / "none"), "--data", str(tmp_path / "texts"))
     with pytest.raises(ValueError, match="is quantized and can only answer"):
         command("--run", f"{run}-awq")
     answer = script("generate.py", "--run", f"{run}-awq", "--prompt", "Hello", "--device", "cpu")

@@ -1,13 +1,14 @@
 """reward.py: the loss in closed form, averages of weights, Best-of-N against drawing subsets."""
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
 from data.preferences import preferences
-from reward import Pairs, RewardModel, average_weights, best_of_n, bradley_terry_loss, encode_pairs, reward_loss
+from reward import Pairs, RewardModel, average_weights, best_of_n, bradley_terry_loss, encode_pairs, read_pairs, reward_loss
 from train import _train_step, make_optimizer
 
 
@@ -59,3 +60,18 @@ def test_a_reward_model_learns_and_looks_at_the_last_token(micro_model, micro_to
 def test_members_start_from_one_head(micro_model):
     heads = [RewardModel(micro_model, seed).value.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize(
+    "messages,problem",
+    [
+        ("hi", 'field "messages" is missing or no list'), (["hi"], "a message needs a role"),
+        ([{"role": "buyer", "content": "hi"}], "got {'role': 'buyer'"),
+    ],
+)
+def test_faulty_pairs_have_their_line(tmp_path, messages, problem):
+    good = {"messages": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "messages": messages}))
+    with pytest.raises(ValueError, match=f"pairs.jsonl:2: .*{problem}"):
+        read_pairs(str(path))
