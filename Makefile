@@ -31,6 +31,7 @@ bench-full: .venv/bench demo
 	rm -f benchmarks/results/*.jsonl
 	[ -d runs/alignment ] || cp -r checkpoints/tiny runs/alignment
 	.venv/bin/python reward.py --run runs/alignment --resume
+	cp runs/demo/report.json benchmarks/results/demo.json
 	.venv/bin/python -m benchmarks --full $(if $(DATA),--data "$(DATA)") $(if $(PEERS),--peers "$(PEERS)")
 
 test: .venv/test

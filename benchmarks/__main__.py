@@ -53,7 +53,10 @@ BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers sa
     ("parallel", "", "short"),
 )
 NAMES = tuple(dict.fromkeys(name for name, *_ in BENCHMARKS))
-REPORTS = {"checkpoint": os.path.join(ROOT, "checkpoints", "tiny", "report.json")}  # of evaluate.py; drawn, not run
+REPORTS = {  # of evaluate.py; drawn, not run
+    "demo": os.path.join(RESULTS, "demo.json"),  # a copy of runs/demo/report.json
+    "checkpoint": os.path.join(ROOT, "checkpoints", "tiny", "report.json"),
+}
 
 
 def run(chosen, given):
