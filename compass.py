@@ -349,7 +349,7 @@ class Compass(nn.Module):
         scale = self.ranks.sum(own) / own  # exactly 1 on a single rank
         lm, nll_N = self._cross_entropy(h_BTD, targets_BT, weights_BT)
         aux, z, load_LE = self._router_losses(routing, self.ranks.part(valid_BT).reshape(-1))
-        mtp = self._mtp_loss(h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask)
+        mtp = self._mtp_loss(h_BTD, self._embed_later(tokens_BT), targets_BT, weights_BT, doc_ids_BT, rope, mask)
         lm, aux, z, mtp = (x * scale for x in (lm, aux, z, mtp))
         c = self.config
         total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + self.mtp_scale * c.mtp_weight * mtp
@@ -370,11 +370,16 @@ class Compass(nn.Module):
         z = [router_z_loss(logits_NE) for logits_NE, _ in routing]
         return torch.stack(aux).mean() * share, torch.stack(z).mean() * share, counts_LE / counts_LE.sum(1, keepdim=True)
 
-    def _mtp_loss(self, h_BTD, tokens_BT, targets_BT, weights_BT, doc_ids_BT, rope, mask):
-        """Mean over depths; depth k sees token t+k and predicts token t+k+1 of the same document."""
+    def _embed_later(self, tokens_BT):
+        """[embedding of token t+k for each depth k of multi-token prediction]; none in steps without it."""
+        depths = range(1, self.config.mtp_depth + 1) if self.mtp_scale else ()
+        return [self.embedding(self.ranks.part(tokens_BT.roll(-k, 1))) for k in depths]
+
+    def _mtp_loss(self, h_BTD, later, targets_BT, weights_BT, doc_ids_BT, rope, mask):
+        """Mean over depths; depth k sees token t+k (later[k-1], embedded) and predicts token t+k+1 of the same document."""
         losses = [h_BTD.new_zeros(())]
-        for k, block in enumerate(self.mtp if self.mtp_scale else (), 1):
-            h_BTD = block(h_BTD, self.embedding(self.ranks.part(tokens_BT.roll(-k, 1))), rope, mask)
+        for k, (block, embedded_BTD) in enumerate(zip(self.mtp, later, strict=False), 1):
+            h_BTD = block(h_BTD, embedded_BTD, rope, mask)
             weights = weights_BT.roll(-k, 1)
             weights[:, -k:] = 0
             if doc_ids_BT is not None:

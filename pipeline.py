@@ -1,7 +1,8 @@
 """Pipeline parallelism: stages of layers on different ranks, micro-batches flowing through them (1F1B, or interleaved: VPP).
 
-Each rank of the pp axis holds one run of layers (vpp runs, interleaved); the first also the embedding, the last the norm and the
-head. A stage's aux and z losses never travel: a function that passes the hidden state through puts their gradient in on the way
+Each rank of the pp axis holds one run of layers (vpp runs, interleaved); the first also the embedding, the last the norm, the
+head and the MTP blocks. These need embeddings of later tokens: they travel beside the hidden state, so that no parameter lives
+twice. A stage's aux and z losses never travel: a function that passes the hidden state through puts their gradient in on the way
 back. All other axes work inside the stages as in parallel.py, and the sums equal those of a single process.
 
 Shapes: B rows, T tokens, D model width, N tokens, L layers, E experts.
@@ -43,14 +44,18 @@ class Stage(Compass):
         if not first:
             self.embedding = None
         if not last:
-            self.norm = self.head = None
+            self.norm, self.head, self.mtp = None, None, nn.ModuleList()
         self.total, self.logged = 1.0, {}  # weight of the whole batch; sums of this rank's metrics
 
     def forward(self, x, *, targets_BT, weights_BT, doc_ids_BT, positions_BT):
-        """tokens_BT (first stage) or h_BTD -> h_BTD, or (last stage) this rank's share of the batch's loss."""
+        """tokens_BT (first stage), or the hidden state and MTP's embeddings side by side (B, T, D * (1 + depths)) -> the latter, or
+        (last stage) this rank's share of the batch's loss."""
         rope = rope_table(self.ranks.part(positions_BT), self.config.head_dim, self.config.rope_base)
         mask, routing = self.ranks.mask(doc_ids_BT), []
-        x_BTD = self.embedding(self.ranks.part(x)) if self.first else x
+        if self.first:
+            x_BTD, later = self.embedding(self.ranks.part(x)), self._embed_later(x)
+        else:
+            x_BTD, *later = x.split(self.config.dim, -1)
         for block in self.blocks.values():
             x_BTD, routed = block(x_BTD, rope, mask)
             routing.append(routed)
@@ -63,10 +68,14 @@ class Stage(Compass):
         extra = self.router_scale * (self.config.aux_weight * aux + self.config.z_weight * z)
         load_LE = load.new_zeros(self.config.n_layers, self.config.n_experts)
         load_LE[[int(i) for i in self.blocks]] = load * (own / self.total)
-        lm = self._cross_entropy(x_BTD, targets_BT, weights_BT)[0] * share if self.last else extra.new_zeros(())
-        for name, value in (("lm", lm), ("aux", aux), ("z", z), ("load", load_LE), ("loss", lm + extra)):
+        lm = mtp = extra.new_zeros(())
+        if self.last:
+            lm = self._cross_entropy(x_BTD, targets_BT, weights_BT)[0] * share
+            mtp = self._mtp_loss(x_BTD, later, targets_BT, weights_BT, doc_ids_BT, rope, mask) * share
+        loss = lm + extra + self.mtp_scale * self.config.mtp_weight * mtp
+        for name, value in (("lm", lm), ("aux", aux), ("z", z), ("mtp", mtp), ("load", load_LE), ("loss", loss)):
             self.logged[name] = self.logged.get(name, 0.0) + value.detach()
-        return lm + extra if self.last else _Inject.apply(x_BTD, extra)
+        return loss if self.last else _Inject.apply(torch.cat((x_BTD, *later), -1), extra)
 
 
 class Pipeline(nn.Module):
@@ -75,9 +84,7 @@ class Pipeline(nn.Module):
     def __init__(self, config, ranks):
         super().__init__()
         pp, vpp = ranks.layout.pp, ranks.layout.vpp
-        self.config, self.ranks, self.router_scale, self.mtp_scale = config, ranks, 1.0, 0.0
-        if config.mtp_depth:
-            raise InputError("--parallel pp does not serve multi-token prediction, whose block needs the first stage's embedding")
+        self.config, self.ranks, self.router_scale, self.mtp_scale = config, ranks, 1.0, 1.0
         runs, count = np.array_split(range(config.n_layers), pp * vpp), pp * vpp
         self.indices = range(ranks.mesh.get_local_rank("pp"), count, pp)
         self.count = count
@@ -92,7 +99,8 @@ class Pipeline(nn.Module):
         B, T = micro_batches[0]["tokens"].shape
         if any(batch["tokens"].shape != (B, T) for batch in micro_batches):
             raise InputError("pipeline stages need micro-batches of one shape: take rows that the ranks and micro-batches divide")
-        h_BTD = torch.empty(B, T // self.ranks.layout.cp, self.config.dim, device="meta", dtype=self.dtype, requires_grad=True)
+        width = self.config.dim * (1 + (self.config.mtp_depth if self.mtp_scale else 0))
+        h_BTD = torch.empty(B, T // self.ranks.layout.cp, width, device="meta", dtype=self.dtype, requires_grad=True)
         tokens, loss = torch.empty(B, T, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
         stages = [
             PipelineStage(stage, i, self.count, device, input_args=tokens if stage.first else h_BTD,
@@ -106,7 +114,9 @@ class Pipeline(nn.Module):
     def accumulate(self, micro_batches, total, device):
         """Gradients of this rank's micro-batches; returns (loss, {metric: tensor}), still to be summed over the data ranks."""
         for stage in self.stages:
-            stage.total, stage.router_scale, stage.logged = total, self.router_scale, {}
+            stage.total, stage.router_scale, stage.mtp_scale, stage.logged = total, self.router_scale, self.mtp_scale, {}
+            for idle in () if self.mtp_scale else stage.mtp:  # torch's stages end the backward of every FSDP module, used or not
+                idle.block.unshard()
         batch = {f"{name}_BT": torch.cat([b[name] for b in micro_batches]).to(device) for name in micro_batches[0]}
         tokens_BT = batch.pop("tokens_BT")
         inputs = (tokens_BT,) if self.stages[0].first else ()
@@ -114,7 +124,7 @@ class Pipeline(nn.Module):
         metrics = {name: sum(stage.logged[name] for stage in self.stages) for name in self.stages[0].logged}
         for value in metrics.values():
             dist.all_reduce(value, group=self.ranks.mesh["pp"].get_group())
-        return metrics.pop("loss"), {**metrics, "mtp": torch.zeros((), device=device)}
+        return metrics.pop("loss"), metrics
 
 
 def build_pipeline(config, ranks, device, recompute):

@@ -326,10 +326,12 @@ def empty_part(config, ranks, device, recompute):
 
 
 def micro_rows(recipe, ranks):
-    """Rows of a micro-batch over all ranks; a pipeline needs at least as many micro-batches as it has stages."""
+    """Rows of a micro-batch over all ranks; a pipeline needs at least as many micro-batches as it has stages, all of one shape."""
     if not ranks.several or ranks.layout.pp == 1:
         return recipe.micro_rows * ranks.count
-    return min(recipe.micro_rows, max(1, recipe.rows // (ranks.count * ranks.layout.pp))) * ranks.count
+    rows = recipe.rows // ranks.count
+    most = min(recipe.micro_rows, max(1, rows // ranks.layout.pp))
+    return max((n for n in range(1, most + 1) if rows % n == 0), default=1) * ranks.count
 
 
 def first_model(config, ranks, device, args, recipe):

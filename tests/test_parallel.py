@@ -34,22 +34,23 @@ from train import Schedule, _train_step, fit, language_model_loss, make_optimize
 CPU = torch.device("cpu")
 MICRO = dict(n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, expert_dim=16, vocab_size=512, max_seq_len=64)
 MODELS = {name: dataclasses.replace(CONFIGS[name], **MICRO) for name in ("tiny", "tiny_v3")}
-MODELS["without_mtp"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=0, n_layers=5)
+MODELS["deep_v3"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=2, n_layers=5)
 CASES = {  # world size -> [(model, layout, recompute)]
     2: [
         *((model, Layout(**{axis: 2}), False) for model in MODELS for axis in ("dp", "ep", "cp", "tp")),
         ("tiny", Layout(ep=2), True),
         ("tiny", Layout(pp=2), False),
-        ("without_mtp", Layout(pp=2, vpp=2), True),
+        ("tiny_v3", Layout(pp=2), True),
+        ("deep_v3", Layout(pp=2, vpp=2), True),
     ],
     4: [
         *((model, Layout(**dict.fromkeys(axes, 2)), False) for model in MODELS for axes in (("dp", "ep"), ("dp", "cp"), ("tp", "dp"))),
         ("tiny_v3", Layout(cp=2, ep=2), True),
         ("tiny", Layout(pp=2, ep=2), False),
-        ("without_mtp", Layout(pp=2, dp=2), False),
-        ("without_mtp", Layout(pp=2, ep=2, vpp=2), False),
-        ("without_mtp", Layout(pp=2, cp=2), False),
-        ("without_mtp", Layout(pp=2, tp=2), False),
+        ("deep_v3", Layout(pp=2, dp=2), False),
+        ("deep_v3", Layout(pp=2, ep=2, vpp=2), False),
+        ("deep_v3", Layout(pp=2, cp=2), False),
+        ("deep_v3", Layout(pp=2, tp=2), False),
     ],
 }  # fmt: skip
 
@@ -73,6 +74,12 @@ def one_step(model):
     batches = [model.ranks.take(batch_of(model.config, seed)) for seed in (0, 1)]
     loss, norm, _, metrics = _train_step(model, make_optimizer(model), batches, language_model_loss, 1e-3, CPU)
     return loss, norm, metrics
+
+
+def step_without_mtp(model):
+    """(loss, norm) of the step after, in which the MTP blocks rest."""
+    model.mtp_scale = 0.0
+    return one_step(model)[:2]
 
 
 def pairs_of(config):
@@ -118,7 +125,8 @@ def stages_of(name, ranks, recompute=False):
 def whole(model, gradients=False):
     orders = packed_orders(model)
     tensors = {name: p.grad if gradients else p for name, p in model.named_parameters()}
-    return {name: whole_of(x, orders.get(name)) for name, x in tensors.items() if x is not None}  # a reward model's LM head has no gradient
+    tensors = {name: x for name, x in tensors.items() if x is not None}  # a reward model's LM head has no gradient
+    return {name: whole_of(x, orders.get(name)).clone() for name, x in tensors.items()}
 
 
 def train(model, run, steps, *, at=None, rank=None, sends=None, loss_fn=language_model_loss, **kwargs):
@@ -197,6 +205,8 @@ def layouts(world, folder):
         model = stages_of(name, ranks, recompute) if layout.pp > 1 else parallelize(fresh(name), ranks, recompute=recompute)
         loss, norm, metrics = one_step(model)
         result = loss, norm, metrics, whole(model, gradients=True), whole(model)
+        if layout.pp > 1:
+            result = *result, step_without_mtp(model)
         torch.save(result, f"{folder}/{world}-{dist.get_rank()}-{name}-{tuple(layout)}.pt")
 
 
@@ -230,16 +240,19 @@ def test_every_layout_equals_one_process(folder, world, name, layout, recompute)
     loss, norm, metrics = one_step(model)
     seen = set()
     for rank in range(world):
-        their_loss, their_norm, their_metrics, gradients, weights = torch.load(f"{folder}/{world}-{rank}-{name}-{tuple(layout)}.pt")
+        their_loss, their_norm, their_metrics, gradients, weights, *after = torch.load(f"{folder}/{world}-{rank}-{name}-{tuple(layout)}.pt")
         assert their_loss == pytest.approx(loss, rel=1e-5) and their_norm == pytest.approx(norm, rel=1e-5)
         for key, value in metrics.items():
             torch.testing.assert_close(torch.tensor(their_metrics[key]), torch.tensor(value), rtol=1e-5, atol=1e-6, msg=key)
         ours = dict(model.named_parameters())
         for key in gradients:
             torch.testing.assert_close(gradients[key], ours[key].grad, rtol=1e-5, atol=1e-6, msg=key)
-            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=2e-5, msg=key)
+            # AdamW's first step is g / |g|: where a gradient is next to nothing, so is what it says of the sign; 5 % of the step
+            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=5e-5, msg=key)
         seen.update(gradients)
     assert seen == ours.keys()  # the stages of a pipeline together
+    if after:
+        assert after == [pytest.approx(step_without_mtp(model), rel=1e-4)]
 
 
 @pytest.mark.parametrize("layout", JUDGING, ids=str)
