@@ -21,8 +21,8 @@ from checkpoint import inherit, latest_stage, load_latest, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
-from data.reader import read_jsonl
-from tokenizer import ROLES, Tokenizer
+from data.reader import message_faults, read_jsonl
+from tokenizer import Tokenizer
 from train import Schedule, finished, fit, model_from, precision, processes
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
@@ -100,12 +100,11 @@ def read_pairs(path):
         raise InputError(f"--data {path}: no such file of pairs")
     pairs = []
     for number, pair in read_jsonl(path):
-        for field, kind in (("messages", list), ("chosen", str), ("rejected", str)):
-            if not isinstance(pair.get(field), kind):
-                raise InputError(f'{path}:{number}: field "{field}" is missing or no {kind.__name__}')
-        for message in pair["messages"]:
-            if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-                raise InputError(f"{path}:{number}: a message needs a role ({', '.join(ROLES)}) and text, got {message!r}")
+        for field in ("chosen", "rejected"):
+            if not isinstance(pair.get(field), str):
+                raise InputError(f'{path}:{number}: field "{field}" is missing or no text')
+        for fault in message_faults(pair.get("messages")):
+            raise InputError(f"{path}:{number}: {fault}")
         pairs.append({"id": str(number), **pair})
     if not pairs:
         raise InputError(f"{path}: empty file")

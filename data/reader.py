@@ -47,9 +47,8 @@ def read_jsonl(path):
         yield number, value
 
 
-def task_faults(task):
-    """What is wrong with a task that a user wrote: one sentence each."""
-    messages, answer = task.get("messages"), task.get("answer")
+def message_faults(messages):
+    """What is wrong with a chat that is to be answered: one sentence each."""
     if not isinstance(messages, list) or not messages:
         yield 'field "messages" is missing, empty or no list'
         messages = []
@@ -59,6 +58,12 @@ def task_faults(task):
             yield f"a message needs a role ({', '.join(ROLES)}) and a text as content, got {message!r}"
         elif message is messages[-1] and message["role"] != "user":
             yield f"the last message must be the user's, got one of {message['role']}"
+
+
+def task_faults(task):
+    """What is wrong with a task that a user wrote: one sentence each."""
+    answer = task.get("answer")
+    yield from message_faults(task.get("messages"))
     if not isinstance(answer, str) or not answer.strip():
         yield 'field "answer" is missing, empty or no text'
     for field in ("id", "task", "lang", "think"):

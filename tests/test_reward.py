@@ -65,8 +65,9 @@ def test_members_start_from_one_head(micro_model):
 @pytest.mark.parametrize(
     "messages,problem",
     [
-        ("hi", 'field "messages" is missing or no list'), (["hi"], "a message needs a role"),
-        ([{"role": "buyer", "content": "hi"}], "got {'role': 'buyer'"),
+        ("hi", 'field "messages" is missing, empty or no list'), ([], 'field "messages" is missing, empty or no list'),
+        (["hi"], "a message needs a role"), ([{"role": "buyer", "content": "hi"}], "got {'role': 'buyer'"),
+        ([{"role": "system", "content": "hi"}], "the last message must be the user's"),
     ],
 )
 def test_faulty_pairs_have_their_line(tmp_path, messages, problem):
