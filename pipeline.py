@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from cli import InputError
-from compass import Compass, rope_table
+from compass import Compass, Losses, rope_table
 from parallel import parallelize
 
 
@@ -45,7 +45,7 @@ class Stage(Compass):
             self.embedding = None
         if not last:
             self.norm, self.head, self.mtp = None, None, nn.ModuleList()
-        self.total, self.logged = 1.0, {}  # weight of the whole batch; sums of this rank's metrics
+        self.total, self.logged, self.nll = 1.0, {}, []  # weight of the whole batch; sums of this rank's losses; nll_BT by micro-batch
 
     def forward(self, x, *, targets_BT, weights_BT, doc_ids_BT, positions_BT):
         """tokens_BT (first stage), or the hidden state and MTP's embeddings side by side (B, T, D * (1 + depths)) -> the latter, or
@@ -70,7 +70,9 @@ class Stage(Compass):
         load_LE[[int(i) for i in self.blocks]] = load * (own / self.total)
         lm = mtp = extra.new_zeros(())
         if self.last:
-            lm = self._cross_entropy(x_BTD, targets_BT, weights_BT)[0] * share
+            lm, nll_N = self._cross_entropy(x_BTD, targets_BT, weights_BT)
+            self.nll.append(self.ranks.whole(nll_N.view(len(x_BTD), -1)))
+            lm = lm * share
             mtp = self._mtp_loss(x_BTD, later, targets_BT, weights_BT, doc_ids_BT, rope, mask) * share
         loss = lm + extra + self.mtp_scale * self.config.mtp_weight * mtp
         for name, value in (("lm", lm), ("aux", aux), ("z", z), ("mtp", mtp), ("load", load_LE), ("loss", loss)):
@@ -94,11 +96,12 @@ class Pipeline(nn.Module):
         for stage in self.stages:
             yield from stage.named_parameters(*args, **kwargs)
 
-    def schedule(self, micro_batches, device):
-        """torch's schedule for so many micro-batches of this shape."""
-        B, T = micro_batches[0]["tokens"].shape
-        if any(batch["tokens"].shape != (B, T) for batch in micro_batches):
-            raise InputError("pipeline stages need micro-batches of one shape: take rows that the ranks and micro-batches divide")
+    def schedule(self, rows, T, least, device):
+        """torch's schedule for micro-batches of one shape, at least as many as stages and `least`."""
+        count = next((n for n in range(max(least, self.ranks.layout.pp), rows + 1) if rows % n == 0), None)
+        if count is None:
+            raise InputError(f"a rank has {rows} rows a step, fewer than pp = {self.ranks.layout.pp}: take fewer stages or ranks")
+        B = rows // count
         width = self.config.dim * (1 + (self.config.mtp_depth if self.mtp_scale else 0))
         h_BTD = torch.empty(B, T // self.ranks.layout.cp, width, device="meta", dtype=self.dtype, requires_grad=True)
         tokens, loss = torch.empty(B, T, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
@@ -108,23 +111,36 @@ class Pipeline(nn.Module):
             for i, stage in zip(self.indices, self.stages, strict=True)
         ]  # fmt: skip
         if len(stages) == 1:
-            return Schedule1F1B(stages[0], len(micro_batches), lambda loss, _: loss, scale_grads=False)
-        return ScheduleInterleaved1F1B(stages, len(micro_batches), lambda loss, _: loss, scale_grads=False)
+            return Schedule1F1B(stages[0], count, lambda loss, _: loss, scale_grads=False)
+        return ScheduleInterleaved1F1B(stages, count, lambda loss, _: loss, scale_grads=False)
 
-    def accumulate(self, micro_batches, total, device):
-        """Gradients of this rank's micro-batches; returns (loss, {metric: tensor}), still to be summed over the data ranks."""
+    def loss(self, *_, **__):
+        """Compass.loss of the batch that `accumulate` just ran, for loss functions that ask the model."""
+        return self.losses
+
+    def accumulate(self, micro_batches, total, loss_fn, device):
+        """Gradients of this rank's micro-batches; returns (loss, {metric: tensor}), still to be summed over the data ranks.
+
+        The stages train on Compass.loss; loss_fn only says what is logged.
+        """
         for stage in self.stages:
-            stage.total, stage.router_scale, stage.mtp_scale, stage.logged = total, self.router_scale, self.mtp_scale, {}
+            stage.total, stage.router_scale, stage.mtp_scale, stage.logged, stage.nll = total, self.router_scale, self.mtp_scale, {}, []
             for idle in () if self.mtp_scale else stage.mtp:  # torch's stages end the backward of every FSDP module, used or not
                 idle.block.unshard()
-        batch = {f"{name}_BT": torch.cat([b[name] for b in micro_batches]).to(device) for name in micro_batches[0]}
-        tokens_BT = batch.pop("tokens_BT")
-        inputs = (tokens_BT,) if self.stages[0].first else ()
-        self.schedule(micro_batches, device).step(*inputs, target=batch["targets_BT"], return_outputs=False, **batch)
-        metrics = {name: sum(stage.logged[name] for stage in self.stages) for name in self.stages[0].logged}
-        for value in metrics.values():
+        batch = {name: torch.cat([b[name] for b in micro_batches]).to(device) for name in micro_batches[0]}
+        inputs = (batch["tokens"],) if self.stages[0].first else ()
+        given = {f"{name}_BT": batch[name] for name in ("targets", "weights", "doc_ids", "positions")}
+        schedule = self.schedule(*batch["tokens"].shape, len(micro_batches), device)
+        schedule.step(*inputs, target=batch["targets"], return_outputs=False, **given)
+        share = max(batch["weights"].sum().item(), 1e-9) / total  # of this rank in the batch
+        sums = {name: sum(stage.logged[name] for stage in self.stages) / share for name in self.stages[0].logged}
+        last = self.stages[-1]
+        sums["nll"] = torch.cat(last.nll) if last.last else torch.zeros_like(batch["weights"])
+        for value in sums.values():
             dist.all_reduce(value, group=self.ranks.mesh["pp"].get_group())
-        return metrics.pop("loss"), metrics
+        self.losses = Losses(*(sums[name] for name in ("loss", "lm", "aux", "z", "mtp", "load", "nll")))
+        loss, metrics = loss_fn(self, batch)
+        return loss * share, {name: value * share for name, value in metrics.items()}
 
 
 def build_pipeline(config, ranks, device, recompute):

@@ -224,7 +224,7 @@ class Chats:
 def sft_loss(model, batch):
     """The language model's loss, and what each domain adds to it: lm_x / share_x is the mean loss of x's supervised tokens."""
     losses = losses_of(model, batch)
-    metrics, weights_BT = logged(losses), batch["weights"] / batch["weights"].sum()
+    metrics, weights_BT = logged(losses), batch["weights"] / batch["weights"].sum().clamp_min(1e-9)
     for domain, name in enumerate(DOMAINS):
         here_BT = weights_BT * (batch["domains"] == domain)
         metrics.update({f"lm_{name}": (losses.nll_BT * here_BT).sum(), f"share_{name}": here_BT.sum()})
@@ -290,8 +290,6 @@ def main():
         return CompassConfig(**load_latest(args.run, stage_before(stages[0], args.run), weights=False)["config"])
 
     device, ranks = processes(args, inherited_config)
-    if ranks is not None and ranks.layout.pp > 1:
-        raise InputError(f"--parallel {args.parallel}: pp is for train.py; tuning takes dp, cp, ep and tp")
     tokenizer = Tokenizer.load(args.run)
     torch.manual_seed(args.seed)
     for stage in stages:

@@ -183,7 +183,7 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     weights = [max(weight, 1e-9) for weight in weights]  # a rank without targets still balances its experts
     optimizer.zero_grad(set_to_none=True)
     if ranks.several and ranks.layout.pp > 1:
-        loss, metrics = model.accumulate(micro_batches, total, device)
+        loss, metrics = model.accumulate(micro_batches, total, loss_fn, device)
     else:
         loss, metrics = _accumulate(model, micro_batches, [weight / total for weight in weights], loss_fn, device)
     loss = ranks.sum(loss).item()
@@ -325,15 +325,6 @@ def empty_part(config, ranks, device, recompute):
     return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recompute)
 
 
-def micro_rows(recipe, ranks):
-    """Rows of a micro-batch over all ranks; a pipeline needs at least as many micro-batches as it has stages, all of one shape."""
-    if not ranks.several or ranks.layout.pp == 1:
-        return recipe.micro_rows * ranks.count
-    rows = recipe.rows // ranks.count
-    most = min(recipe.micro_rows, max(1, rows // ranks.layout.pp))
-    return max((n for n in range(1, most + 1) if rows % n == 0), default=1) * ranks.count
-
-
 def first_model(config, ranks, device, args, recipe):
     """A new model: of this process, or this rank's part of it."""
     if ranks is None:
@@ -398,7 +389,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
     fit(
-        model, rows.batches(recipe.rows, micro_rows(recipe, ranks_of(model))), language_model_loss, schedule,
+        model, rows.batches(recipe.rows, recipe.micro_rows * ranks_of(model).count), language_model_loss, schedule,
         run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
     )  # fmt: skip
 

@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 
 import pytest
 import torch
@@ -67,12 +66,13 @@ def batch_of(config, seed, rows=5, T=32):
     positions = at - torch.where(starts, at, 0).cummax(1).values
     weights = torch.rand(rows, T, generator=g).lt(0.6).float() * (doc_ids >= 0)
     weights[0] = 0  # with two ranks' rows cut unevenly, a row without targets still balances its experts
-    return dict(tokens=tokens, targets=targets, weights=weights, doc_ids=doc_ids, positions=positions)
+    domains = torch.randint(0, 2, (rows, T), generator=g)
+    return dict(tokens=tokens, targets=targets, weights=weights, doc_ids=doc_ids, positions=positions, domains=domains)
 
 
 def one_step(model):
     batches = [model.ranks.take(batch_of(model.config, seed)) for seed in (0, 1)]
-    loss, norm, _, metrics = _train_step(model, make_optimizer(model), batches, language_model_loss, 1e-3, CPU)
+    loss, norm, _, metrics = _train_step(model, make_optimizer(model), batches, sft.sft_loss, 1e-3, CPU)
     return loss, norm, metrics
 
 
@@ -339,7 +339,7 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--")
     result = script(*torchrun, "train.py", "--run", run, "--data", data, "--steps", "2", "--parallel", "ep=2")
     assert result.returncode == 0 and "2 processes: pp=1, dp=1, cp=1, ep=2, tp=1" in result.stdout, result.stderr
-    result = script(*torchrun, "sft.py", "--run", run, "--data", tasks, "--stage", "sft1", "--steps", "2", "--parallel", "dp=2")
+    result = script(*torchrun, "sft.py", "--run", run, "--data", tasks, "--stage", "sft1", "--steps", "2", "--parallel", "pp=2")
     assert result.returncode == 0 and result.stdout.count("inherited from long step 2") == 1, result.stderr
     assert os.path.isdir(run / "sft1" / "step_2.pt") and curve(run)[-1][0] == 1
     result = script("checkpoint.py", "--run", run)
@@ -355,13 +355,6 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     assert os.path.isfile(run / "reward" / "step_1.pt")
     result = script(*torchrun, "otpo.py", *preferences, "--parallel", "tp=2")
     assert result.returncode == 0 and curve(run)[-1] == (0, pytest.approx(0.693, abs=1e-3)), result.stderr
-
-
-def test_tuning_takes_no_pipeline(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--parallel", "pp=2"])
-    monkeypatch.setattr(sft, "processes", lambda args, config_of: (CPU, argparse.Namespace(layout=Layout(pp=2))))
-    with pytest.raises(ValueError, match="pp=2: pp is for train.py"):
-        sft.main()
 
 
 @pytest.mark.parametrize("axis", ["pp", "cp"])
