@@ -97,10 +97,17 @@ class Pipeline(nn.Module):
             yield from stage.named_parameters(*args, **kwargs)
 
     def schedule(self, rows, T, least, device):
-        """torch's schedule for micro-batches of one shape, at least as many as stages and `least`."""
-        count = next((n for n in range(max(least, self.ranks.layout.pp), rows + 1) if rows % n == 0), None)
+        """torch's schedule for micro-batches of one shape, at least as many as stages and `least`; on every rank as many."""
+        everywhere = torch.zeros(self.ranks.count, dtype=torch.int64, device=device)
+        everywhere[self.ranks.index] = rows
+        dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+        everywhere = everywhere.tolist()
+        count = next((n for n in range(max(least, self.ranks.layout.pp), rows + 1) if not any(r % n for r in everywhere)), None)
         if count is None:
-            raise InputError(f"a rank has {rows} rows a step, fewer than pp = {self.ranks.layout.pp}: take fewer stages or ranks")
+            raise InputError(
+                f"the dp x ep ranks have {everywhere} rows a step, which do not make {max(least, self.ranks.layout.pp)} or more "
+                "micro-batches of one shape, as many on each: take rows that the ranks and stages divide"
+            )
         B = rows // count
         width = self.config.dim * (1 + (self.config.mtp_depth if self.mtp_scale else 0))
         h_BTD = torch.empty(B, T // self.ranks.layout.cp, width, device="meta", dtype=self.dtype, requires_grad=True)
