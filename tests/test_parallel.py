@@ -33,7 +33,7 @@ from train import Schedule, _train_step, fit, language_model_loss, make_optimize
 CPU = torch.device("cpu")
 MICRO = dict(n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, expert_dim=16, vocab_size=512, max_seq_len=64)
 MODELS = {name: dataclasses.replace(CONFIGS[name], **MICRO) for name in ("tiny", "tiny_v3")}
-MODELS["deep_v3"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=2, n_layers=5)
+MODELS["deep_v3"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=2, n_layers=5, vocab_size=496)
 CASES = {  # world size -> [(model, layout, recompute)]
     2: [
         *((model, Layout(**{axis: 2}), False) for model in MODELS for axis in ("dp", "ep", "cp", "tp")),
@@ -247,8 +247,7 @@ def test_every_layout_equals_one_process(folder, world, name, layout, recompute)
         ours = dict(model.named_parameters())
         for key in gradients:
             torch.testing.assert_close(gradients[key], ours[key].grad, rtol=1e-5, atol=1e-6, msg=key)
-            # AdamW's first step is g / |g|: where a gradient is next to nothing, so is what it says of the sign; 5 % of the step
-            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=5e-5, msg=key)
+            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=2e-5, msg=key)
         seen.update(gradients)
     assert seen == ours.keys()  # the stages of a pipeline together
     if after:
