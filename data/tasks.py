@@ -35,19 +35,22 @@ def lookup(kinds):
     return make
 
 
-def question_about(product, lang, rng, split, kind):
-    """(question, answer): a field of the product, or whether it fits a query that half the time does not.
-
-    Queries that do not fit differ in type or, harder, in colour only.
-    """
+def query_about(product, lang, rng):
+    """(query, yes or no): whether the product fits it; queries that do not differ in type or, harder, in colour only."""
     lex, words = lexicon(lang), product.words(lang)
-    if kind != "match":
-        return ask(lang, rng, split, kind), words[kind]
     fits = rng.random() < 0.5
     if not fits:
         key = rng.choice(("type", "colour"))
         words[key] = rng.choice([word for word in lex[market.FIELDS[key]].values() if word != words[key]])
-    return ask(lang, rng, split, kind, query=lex["query"].format(**words)), lex[YES_NO[not fits]]
+    return lex["query"].format(**words), lex[YES_NO[not fits]]
+
+
+def question_about(product, lang, rng, split, kind):
+    """(question, answer): a field of the product, or whether it fits a query that half the time does not."""
+    if kind != "match":
+        return ask(lang, rng, split, kind), product.words(lang)[kind]
+    query, answer = query_about(product, lang, rng)
+    return ask(lang, rng, split, kind, query=query), answer
 
 
 def classification(lang, rng, split):
@@ -119,14 +122,19 @@ def query_rewriting(lang, rng, split):
     return {"messages": about(noisy, ask(lang, rng, split, "rewrite")), "answer": market.clean_query(product, lang)}
 
 
+def changed_once(product, rng, split):
+    """The product with another type, colour or price."""
+    other = product
+    while other == product:
+        drawn, field = draw_product(rng, split), rng.choice(("type", "colour", "price"))
+        other = dataclasses.replace(product, **{field: getattr(drawn, field)})
+    return other
+
+
 def similarity(lang, rng, split):
     """A page and a shop-window line: the same product, or one that differs in a single field?"""
     lex, product, same = lexicon(lang), draw_product(rng, split), rng.random() < 0.5
-    other = product
-    while not same and (other == product or sum(getattr(other, f) != getattr(product, f) for f in ("type", "colour", "price")) != 1):
-        changed = draw_product(rng, split)
-        field = rng.choice(("type", "colour", "price"))
-        other = dataclasses.replace(product, **{field: getattr(changed, field)})
+    other = product if same else changed_once(product, rng, split)
     text = f"{page(product, lang, rng, split)}\n{lex['listing'].format(**other.words(lang))}"
     choices = [lex[word] for word in YES_NO]
     return {"messages": about(text, ask(lang, rng, split, "similar")), "answer": choices[not same], "choices": choices}
@@ -210,11 +218,51 @@ def note(lang, rng, split):
     return chat("\n".join(lines), [line.split(" ", 1) for line in rng.sample(lines, 3)])
 
 
+def shown(product, lang, rng, split):
+    """A product's page, or its line in the shop window."""
+    return page(product, lang, rng, split) if rng.random() < 0.5 else lexicon(lang)["listing"].format(**product.words(lang))
+
+
+# What compares two things is learnt from many comparisons: one text serves many, and words side by side come first
+
+
+def word_pairs(lang, rng, split, turns=8):
+    """Two words a question: are they the same?"""
+    lex, messages = lexicon(lang), []
+    for _ in range(turns):
+        known = list(lex[rng.choice(("colours", "types"))].values())
+        one, same = rng.choice(known), rng.random() < 0.5
+        other = one if same else rng.choice([word for word in known if word != one])
+        messages += [{"role": "user", "content": f"{one} = {other}?"}, {"role": "assistant", "content": lex[YES_NO[not same]]}]
+    return {"messages": messages[:-1], "answer": messages[-1]["content"]}
+
+
+def fitting(lang, rng, split, turns=8):
+    """One product and many queries: does it fit? The first is asked in words, the others stand alone."""
+    product = draw_product(rng, split)
+    (query, answer), *others = [query_about(product, lang, rng) for _ in range(turns)]
+    return chat(shown(product, lang, rng, split), [(ask(lang, rng, split, "match", query=query), answer), *others])
+
+
+def sameness(lang, rng, split, turns=6):
+    """One product and many lines of a shop window: the same product?"""
+    lex, product, pairs = lexicon(lang), draw_product(rng, split), []
+    for _ in range(turns):
+        same = rng.random() < 0.5
+        other = product if same else changed_once(product, rng, split)
+        pairs.append((lex["listing"].format(**other.words(lang)), lex[YES_NO[not same]]))
+    text = f"{shown(product, lang, rng, split)}\n{pairs[0][0]}"
+    return chat(text, [(ask(lang, rng, split, "similar"), pairs[0][1]), *pairs[1:]])
+
+
 CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "listing": functools.partial(recommendation, turns=3),
     "ledger": ledger,
     "note": note,
+    "word_pairs": word_pairs,
+    "fitting": fitting,
+    "sameness": sameness,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
 # What is found in pages comes first; sft2 adds what takes far longer to learn
@@ -224,7 +272,9 @@ FIRST = {
     "similarity": 2, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
     "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
-LATER = {**FIRST, "page": 10, "listing": 4, "ledger": 3, "note": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5}
+LATER = {
+    **FIRST, "page": 10, "listing": 4, "ledger": 3, "note": 3, "word_pairs": 8, "fitting": 12, "sameness": 8, "query_rewriting": 6, "questioning": 5,
+}  # fmt: skip
 
 
 def training(seed, per_language, shares=LATER, phrasings=math.inf):
