@@ -273,7 +273,8 @@ FIRST = {
     "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
 LATER = {
-    **FIRST, "page": 10, "listing": 4, "ledger": 3, "note": 3, "word_pairs": 8, "fitting": 12, "sameness": 8, "query_rewriting": 6, "questioning": 5,
+    **FIRST, "page": 10, "listing": 4, "ledger": 3, "note": 3, "query_rewriting": 6, "questioning": 5,
+    "word_pairs": 8, "fitting": 12, "sameness": 8,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 from data import general, market, selection
 from data.preferences import SOURCES, preferences
 from data.scorers import SCORERS, normalise
-from data.tasks import TASKS, fingerprint, tasks, training
+from data.tasks import CONVERSATIONS, TASKS, fingerprint, tasks, training
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +199,29 @@ def test_a_note_can_only_be_copied():
         begins = [begin, *(m["content"] for m in task["messages"][2::2])]
         answers = [*(m["content"] for m in task["messages"][1::2]), task["answer"]]
         assert all(f"{begin} {answer}" in note.split("\n") for begin, answer in zip(begins, answers, strict=True)) and len(answers) == 3
+
+
+@pytest.mark.parametrize("lang", market.LANGUAGES)
+def test_comparisons_say_yes_to_what_is_the_same(lang):
+    lex, seen = market.lexicon(lang), set()
+
+    def asked(name, i):
+        """([question, ...], [whether the answer is yes, ...]) of a conversation."""
+        task = CONVERSATIONS[name](lang, random.Random(f"{lang}-{i}"), "train")
+        said = [*(m["content"] for m in task["messages"]), task["answer"]]
+        seen.update((name, answer) for answer in said[1::2])
+        return said[::2], [{lex["yes"]: True, lex["no"]: False}[answer] for answer in said[1::2]]
+
+    for i in range(20):
+        pairs, same = asked("word_pairs", i)
+        assert [len(set(pair.removesuffix("?").split(" = "))) == 1 for pair in pairs] == same
+        (text, *queries), (_, *fits) = asked("fitting", i)
+        yes, no = ({query for query, fit in zip(queries, fits, strict=True) if fit == wanted} for wanted in (True, False))
+        kinds, colours = ([word for word in lex[key].values() if word in text] for key in ("types", "colours"))
+        described = {lex["query"].format(type=kind, colour=colour) for kind in kinds for colour in colours}
+        assert len(yes) <= 1 and not yes & no and yes <= described
+        (text, *lines), same = asked("sameness", i)
+        shown, first = text.rpartition("\n\n")[0].rsplit("\n", 1)
+        yes, no = ({line for line, one in zip([first, *lines], same, strict=True) if one == wanted} for wanted in (True, False))
+        assert len(yes) <= 1 and not yes & no and ("\n" in shown or shown not in no)
+    assert len(seen) == 6
