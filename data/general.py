@@ -127,6 +127,25 @@ def function_call(lang, rng, split):
     return {"messages": messages, "answer": json.dumps({"name": tool, "arguments": arguments}, ensure_ascii=False), "scorer": "json"}
 
 
+def shelf(lang, rng, split):
+    """Three products of different names and prices, and the text of the first two."""
+    products = []
+    while len({p.price for p in products}) < 3 or len({p.name for p in products}) < 3:
+        products = [market.draw_product(rng, split) for _ in range(3)]
+    return products, "\n".join(f"[{i}] {market.page(p, lang, rng, split)}" for i, p in enumerate(products[:2], 1))
+
+
+def named_question(products, i, lang, rng, split):
+    """(question, answer) about product i of a shelf; of the third nothing is known."""
+    kind = rng.choice(("colour", "material", "price", "city"))
+    answer = products[i].words(lang)[kind] if i < 2 else lexicon(lang)["unknown"]
+    return f"{products[i].name}: {ask(lang, rng, split, kind)}", answer
+
+
+def cheaper_question(products, lang, rng, split):
+    return ask(lang, rng, split, "cheaper"), min(products[:2], key=lambda p: p.price).name
+
+
 def retrieval(lang, rng, split):
     """Answers from given texts, with the four troubles of retrieval: noise (another product's text), rejection (no text has the
     answer), integration (two texts must be compared), counterfactual (the text may be wrong, the fact is known)."""
@@ -137,16 +156,12 @@ def retrieval(lang, rng, split):
         text = phrase(lex["claim"][split], rng).format(city=lex["cities"][city], country=lex["countries"][claimed])
         question = ask(lang, rng, split, "truth", city=lex["cities"][city])
         return {"messages": about(text, question), "answer": lex["countries"][COUNTRY_OF[city]]}
-    products = []
-    while len({p.price for p in products}) < 3 or len({p.name for p in products}) < 3:
-        products = [market.draw_product(rng, split) for _ in range(3)]
-    text = "\n".join(f"[{i}] {market.page(p, lang, rng, split)}" for i, p in enumerate(products[:2], 1))
+    products, text = shelf(lang, rng, split)
     if trouble == "integration":
-        cheaper = min(products[:2], key=lambda p: p.price)
-        return {"messages": about(text, ask(lang, rng, split, "cheaper")), "answer": cheaper.name}
-    asked, kind = products[rng.randint(0, 1) if trouble == "noise" else 2], rng.choice(("colour", "material", "price", "city"))
-    answer = asked.words(lang)[kind] if trouble == "noise" else lex["unknown"]
-    return {"messages": about(text, f"{asked.name}: {ask(lang, rng, split, kind)}"), "answer": answer}
+        question, answer = cheaper_question(products, lang, rng, split)
+    else:
+        question, answer = named_question(products, rng.randint(0, 1) if trouble == "noise" else 2, lang, rng, split)
+    return {"messages": about(text, question), "answer": answer}
 
 
 def role_play(lang, rng, split):

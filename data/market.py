@@ -195,16 +195,6 @@ def made_up(rng):
     return "".join(rng.choice(starts) + rng.choice("aeiou") + rng.choice(ends) for _ in range(rng.randint(1, 3)))
 
 
-def note_lines(lang, rng):
-    """Lines of a delivery note, three made-up or known words and a number: nothing in them can be guessed, all of it can be copied."""
-    lex = lexicon(lang)
-
-    def word():
-        return made_up(rng).capitalize() if rng.random() < 0.6 else rng.choice(list(lex[rng.choice(list(FIELDS.values()))].values()))
-
-    return [f"{word()} {word()} {word()} {rng.randint(1, 999)}" for _ in range(rng.randint(3, 6))]
-
-
 def shop_document(lang, rng, split, products):
     """A long page: a shop's catalogue of many products (for the long-context stage)."""
     return "\n\n".join(page(draw_product(rng, split), lang, rng, split) for _ in range(products))

@@ -72,17 +72,28 @@ def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns
     return chat(page(product, lang, rng, split), pairs)
 
 
-def recommendation(lang, rng, split, turns=1):
-    """Three listed products of different colours; name the one of the wanted colour."""
-    products = [draw_product(rng, split)]
-    while len(products) < 3:
+def different_colours(n, rng, split):
+    """n products of different colours."""
+    products = []
+    while len(products) < n:
         product = draw_product(rng, split)
         if product.colour not in {p.colour for p in products}:
             products.append(product)
+    return products
+
+
+def catalogue(products, lang):
+    """The shop window: a line for each product."""
     lex = lexicon(lang)
-    listing = "\n".join([lex["catalogue"], *("- " + lex["listing"].format(**p.words(lang)) for p in products)])
-    wanted = rng.sample(products, turns)
-    return chat(listing, [(ask(lang, rng, split, "recommend", colour=lex["colours"][p.colour]), p.name) for p in wanted])
+    return "\n".join([lex["catalogue"], *("- " + lex["listing"].format(**p.words(lang)) for p in products)])
+
+
+def recommendation(lang, rng, split):
+    """Three listed products of different colours; name the one of the wanted colour."""
+    products = different_colours(3, rng, split)
+    wanted = rng.choice(products)
+    question = ask(lang, rng, split, "recommend", colour=lexicon(lang)["colours"][wanted.colour])
+    return {"messages": about(catalogue(products, lang), question), "answer": wanted.name}
 
 
 def numerical_reasoning(lang, rng, split):
@@ -212,29 +223,55 @@ def ledger(lang, rng, split):
     return chat("\n\n".join(rng.sample(lines + pages, len(lines + pages))), [(f"{parcel}:", city) for parcel, city in pairs])
 
 
-def note(lang, rng, split):
-    """A delivery note; each question is the beginning of a line, the answer its rest: copying of what cannot be known."""
-    lines = market.note_lines(lang, rng)
-    return chat("\n".join(lines), [line.split(" ", 1) for line in rng.sample(lines, 3)])
+# A skill is learnt from many short trials in one conversation: what copies, chooses or compares is hardly seen in a page with one question
+
+
+def drill(pairs):
+    """A chat of (question, answer) pairs that are about no text."""
+    messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return {"messages": messages[:-1], "answer": messages[-1]["content"]}
+
+
+def echo(lang, rng, split, turns=3):
+    """Made-up words, to be said again: what cannot be known has to be copied."""
+
+    def words():
+        return " ".join((str.capitalize if rng.random() < 0.5 else str)(market.made_up(rng)) for _ in range(rng.randint(2, 8)))
+
+    return drill([(f"» {text}", text) for text in (words() for _ in range(turns))])
+
+
+def word_pairs(lang, rng, split, turns=8):
+    """Two colours or two product types a question: are they the same?"""
+    lex, pairs = lexicon(lang), []
+    for _ in range(turns):
+        known = list(lex[rng.choice(("colours", "types"))].values())
+        one, same = rng.choice(known), rng.random() < 0.5
+        other = one if same else rng.choice([word for word in known if word != one])
+        pairs.append((f"{one} = {other}?", lex[YES_NO[not same]]))
+    return drill(pairs)
+
+
+def number_pairs(lang, rng, split, turns=8):
+    """Two prices or two numbers a question: is the first the larger?"""
+    lex, pairs = lexicon(lang), []
+    for _ in range(turns):
+        (a, b), dress = rng.sample(range(1, 100), 2), rng.choice((str, functools.partial(money, lang=lang)))
+        pairs.append((f"{dress(a)} > {dress(b)}?", lex[YES_NO[a < b]]))
+    return drill(pairs)
+
+
+def shelf(lang, rng, split, turns=5):
+    """Two pages and many questions: one for the cheaper product, the others name the product, which may be a third, unknown one."""
+    products, text = general.shelf(lang, rng, split)
+    pairs = [general.named_question(products, rng.randint(0, 2), lang, rng, split) for _ in range(turns - 1)]
+    pairs.insert(rng.randrange(turns), general.cheaper_question(products, lang, rng, split))
+    return chat(text, pairs)
 
 
 def shown(product, lang, rng, split):
     """A product's page, or its line in the shop window."""
     return page(product, lang, rng, split) if rng.random() < 0.5 else lexicon(lang)["listing"].format(**product.words(lang))
-
-
-# What compares two things is learnt from many comparisons: one text serves many, and words side by side come first
-
-
-def word_pairs(lang, rng, split, turns=8):
-    """Two words a question: are they the same?"""
-    lex, messages = lexicon(lang), []
-    for _ in range(turns):
-        known = list(lex[rng.choice(("colours", "types"))].values())
-        one, same = rng.choice(known), rng.random() < 0.5
-        other = one if same else rng.choice([word for word in known if word != one])
-        messages += [{"role": "user", "content": f"{one} = {other}?"}, {"role": "assistant", "content": lex[YES_NO[not same]]}]
-    return {"messages": messages[:-1], "answer": messages[-1]["content"]}
 
 
 def fitting(lang, rng, split, turns=8):
@@ -255,26 +292,36 @@ def sameness(lang, rng, split, turns=6):
     return chat(text, [(ask(lang, rng, split, "similar"), pairs[0][1]), *pairs[1:]])
 
 
+def listing(lang, rng, split):
+    """A shop window of 2 to 5 products of different colours: which is the red one? The first is asked in words, the others are a colour."""
+    products = different_colours(rng.randint(2, 5), rng, split)
+    (colour, name), *others = [(lexicon(lang)["colours"][p.colour], p.name) for p in rng.sample(products, len(products))]
+    return chat(catalogue(products, lang), [(ask(lang, rng, split, "recommend", colour=colour), name), *others])
+
+
 CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
-    "listing": functools.partial(recommendation, turns=3),
     "ledger": ledger,
-    "note": note,
+    "echo": echo,
     "word_pairs": word_pairs,
+    "number_pairs": number_pairs,
+    "shelf": shelf,
     "fitting": fitting,
     "sameness": sameness,
+    "listing": listing,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
 # What is found in pages comes first; sft2 adds what takes far longer to learn
 FIRST = {
-    "page": 15, "listing": 2, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
-    "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
-    "similarity": 2, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
+    "page": 15, "listing": 8, "echo": 8, "word_pairs": 10, "fitting": 8, "review_understanding": 6, "query_rewriting": 10, "matching": 2,
+    "classification": 1, "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
+    "recommendation": 1, "similarity": 2, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
     "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
 LATER = {
-    **FIRST, "page": 10, "listing": 4, "ledger": 3, "note": 3, "query_rewriting": 6, "questioning": 5,
-    "word_pairs": 8, "fitting": 12, "sameness": 8,
+    **FIRST, "page": 10, "listing": 12, "echo": 6, "word_pairs": 6, "number_pairs": 6, "fitting": 12,
+    "sameness": 10, "shelf": 8, "ledger": 3, "query_rewriting": 6,
+    "matching": 3, "similarity": 3, "recommendation": 2, "questioning": 5,
 }  # fmt: skip
 
 

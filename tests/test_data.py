@@ -193,12 +193,19 @@ def test_few_phrasings_are_the_first_ones_or_a_quarter():
     assert len(few) < 0.9 * len(all_of_them)
 
 
-def test_a_note_can_only_be_copied():
-    for task in training(0, 20, {"note": 1}):
-        note, begin = task["messages"][0]["content"].split("\n\n")
-        begins = [begin, *(m["content"] for m in task["messages"][2::2])]
-        answers = [*(m["content"] for m in task["messages"][1::2]), task["answer"]]
-        assert all(f"{begin} {answer}" in note.split("\n") for begin, answer in zip(begins, answers, strict=True)) and len(answers) == 3
+@pytest.mark.parametrize("lang", market.LANGUAGES)
+def test_drills_are_answered_by_their_texts(lang):
+    """What is to be said again is said again; each colour of a shop window leads to the one product that has it."""
+    for i in range(20):
+        rng = random.Random(f"{lang}-{i}")
+        echo, listing = (CONVERSATIONS[name](lang, rng, "train") for name in ("echo", "listing"))
+        said = [*(m["content"] for m in echo["messages"]), echo["answer"]]
+        assert said[::2] == [f"» {text}" for text in said[1::2]] and len(said) == 6
+        said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
+        lines = said[0].split("\n\n")[0].split("\n- ")[1:]
+        assert sorted(said[1::2]) == sorted(next(name for name in said[1::2] if line.startswith(f"{name} ")) for line in lines)
+        for colour, name in zip(said[2::2], said[3::2], strict=True):
+            assert [line.startswith(f"{name} ") for line in lines] == [colour in line.replace(name, "") for line in lines]
 
 
 @pytest.mark.parametrize("lang", market.LANGUAGES)
