@@ -1,7 +1,8 @@
 """Supervised fine-tuning in two stages, with packing and hybrid thinking (v2 §3.2; v3 for the mixed loss).
 
 sft1 teaches general instructions with direct answers; sft2 adds chains of thought between <think> and
-</think>, switched on by a system prompt, beside resampled direct ones. Conversations are packed by
+</think>, switched on by a system prompt, beside resampled direct ones. A long training has a stage of drills between them
+(`--stage drills`, see data/tasks.py): comparing and choosing, which a mixture does not teach. Conversations are packed by
 best-fit decreasing into rows of the context; each sees only itself. Only answers are trained on; v3's mixed loss
 trains on the whole conversation where it is about e-commerce (`--full e-commerce`).
 
@@ -22,18 +23,19 @@ from compass import CompassConfig
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
-from data.tasks import CONVERSATIONS, ECOMMERCE, FIRST, LATER, tasks, training
+from data.tasks import CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit, logged, losses_of, model_from, processes, stage_schedule
 
-# stage -> (the stage it starts from, schedule, tokens per step as rows of the context it packs to)
+# stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
-    "sft1": ("long", Schedule(4200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
-    "sft2": ("sft1", Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
+    "sft1": (("mtp", "long"), Schedule(3200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
+    "drills": (("sft1",), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
+    "sft2": (("drills", "sft1"), Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
-EXERCISES = {"sft1": (FIRST, 4), "sft2": (LATER, math.inf)}  # shares and phrasings: first the tasks, then every way of asking for them
+EXERCISES = {"sft1": (FIRST, 4), "drills": (DRILLS, math.inf), "sft2": (LATER, math.inf)}  # shares and phrasings: data/tasks.py
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -135,11 +137,11 @@ def curriculum(stage, examples, seed):
     thought, down-sampled to a third: twice as many of everything, direct, keep what sft1 learnt and teach the switch. Where
     nothing has a thought, sft2 goes over everything once more."""
     reasoning = [task for task in examples if "think" in task]
-    if stage == "sft1":
+    if stage != "sft2":
         if reasoning:
-            print(f"sft1: {len(reasoning):,} of {len(examples):,} tasks have a thought and wait for sft2")
+            print(f"{stage}: {len(reasoning):,} of {len(examples):,} tasks have a thought and wait for sft2")
         if len(reasoning) == len(examples):
-            raise InputError("sft1 needs tasks without a thought; all of these have one")
+            raise InputError(f"{stage} needs tasks without a thought; all of these have one")
         return [(task, False) for task in examples if "think" not in task]
     resampled = random.Random(f"sft2-{seed}").sample(examples, k=min(len(examples), 2 * len(reasoning) or len(examples)))
     return [(task, True) for task in reasoning] + [(task, False) for task in resampled]
@@ -247,9 +249,9 @@ def selected_thoughts(examples, args, device):
 
 
 def stage_before(stage, run):
-    """The stage that a stage of tuning starts from; v3's pre-training ends with mtp, v2's with long."""
-    before = STAGES[stage][0]
-    return "mtp" if before == "long" and checkpoints(run, "mtp") else before
+    """The stage that a stage of tuning starts from."""
+    *others, last = STAGES[stage][0]
+    return next((before for before in others if checkpoints(run, before)), last)
 
 
 def run_stage(stage, args, device, tokenizer, ranks=None):
@@ -284,7 +286,7 @@ def main():
         batching=dict(default="packed", choices=("packed", "padded"), help="pack conversations into rows, or pad batches of like length"),
         rollouts=dict(help="run whose last model tries each reasoning task; sft2 keeps those it solves now and then"),
     )  # fmt: skip
-    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    stages = ["sft1", "sft2"] if args.stage == "all" else [args.stage]
 
     def inherited_config():
         return CompassConfig(**load_latest(args.run, stage_before(stages[0], args.run), weights=False)["config"])

@@ -312,6 +312,7 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
 # What is found in pages comes first; sft2 adds what takes far longer to learn
+DRILLS = {"echo": 8, "word_pairs": 30, "number_pairs": 20, "fitting": 17, "sameness": 10, "listing": 15}
 FIRST = {
     "page": 15, "listing": 8, "echo": 8, "word_pairs": 10, "fitting": 8, "review_understanding": 6, "query_rewriting": 10, "matching": 2,
     "classification": 1, "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,

@@ -69,9 +69,10 @@ def test_checkpoints_are_listed(demo, script):
 
 
 def test_the_shipped_checkpoints_script_goes_on_and_exports(demo, script, tmp_path):
-    run, out = shutil.copytree(demo[0], tmp_path / "run"), tmp_path / "out"
+    run = shutil.copytree(demo[0], tmp_path / "run")
+    out = run / "export"
     shutil.rmtree(run / "otpo")  # the shipped one ends with sft2
-    env = {**os.environ, "RUN": str(run), "OUT": str(out), "STEPS": "3", "TASKS": "1"}
+    env = {**os.environ, "RUN": str(run), "STEPS": "3", "TASKS": "1"}
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     first = subprocess.run(["bash", "pretrained.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert first.returncode == 0 and first.stdout.count("already finished") == 5, first.stderr[-2000:]
