@@ -14,4 +14,4 @@ python evaluate.py --run "$RUN" ${TASKS:+--tasks $TASKS}                 # repor
 python generate.py --run "$RUN" --prompt "What is 27 + 45?"              # an answer at once
 python generate.py --run "$RUN" --prompt "What is 27 + 45?" --think      # the same with thoughts
 [ -d "$RUN-awq" ] || python quantize.py --run "$RUN"                     # int4 by AWQ, into a run folder of its own
-python generate.py --run "$RUN-awq" --prompt "What is 27 + 45?" --think  # the same in a quarter of the bytes
+python generate.py --run "$RUN-awq" --prompt "What is 27 + 45?" --think  # the same in half the bytes (embedding and head stay)

@@ -6,7 +6,7 @@ everything else is sharded over dp x cp x ep. Every loss, gradient and norm equa
 
 Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S rows that arrive at this rank's experts, P ranks.
 
-    torchrun --nproc-per-node 2 -- train.py --parallel ep=2    # laptop: two processes
+    python tokenizer.py --run runs/two && torchrun --nproc-per-node 2 -- train.py --parallel ep=2 --run runs/two    # a laptop
     python parallel.py --config v2_30b --gpus 64               # the plan of a full-size run, on this machine, without a GPU
 """
 

@@ -1,4 +1,4 @@
-"""What each pre-training stage trains with: rows, context, learning rate, RoPE base, for every config (v2 §2.3; v3's five stages).
+"""What each pre-training stage trains with: rows, context, learning rate, RoPE base, for every config (v2 §2.3; v3's six stages).
 
 The tiny recipes keep the shape of the full ones and scale the numbers. Where the papers are silent the README says what was chosen.
 
@@ -65,7 +65,7 @@ def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_
 
 
 def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, recompute=False):
-    """v3's five stages: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved.
+    """v3's stages: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved.
 
     contexts: of general, market and reasoning; of extend; of long and mtp. rows: of the same. The report names the stages and the
     contexts 8K and 32K -> 128K; rates follow v2's proportions, and the MTP block learns in every second step of the last.

@@ -4,8 +4,8 @@ Every rank writes its shards into its own file (torch.distributed.checkpoint); a
 checksums comes last, and the folder gets its name only when all is there. Tensors lie in it as a single process has them, whatever
 tensor parallelism did to their rows.
 
-    torchrun --nproc-per-node 4 -- train.py --parallel ep=2 --stage general    # writes runs/demo/general/step_N.pt/
-    torchrun --nproc-per-node 2 -- train.py --stage anneal                     # two ranks go on from it; so does `python train.py`
+    torchrun --nproc-per-node 4 -- train.py --parallel ep=2 --stage general --run runs/two    # writes runs/two/general/step_N.pt/
+    torchrun --nproc-per-node 2 -- train.py --stage anneal --run runs/two    # two ranks go on from it; so does `python train.py`
 """
 
 import dataclasses

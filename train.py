@@ -1,4 +1,4 @@
-"""Pre-training: `fit`, the one training loop, the three stages general, anneal, long (v2 §2.3) and v3's five.
+"""Pre-training: `fit`, the one training loop, the three stages general, anneal, long (v2 §2.3) and v3's six.
 
 general learns from everything under a cosine; anneal warms up again, on the cleanest text; long stretches the
 context with a larger RoPE base (ABF) on a mix of short and long documents. The global batch is a

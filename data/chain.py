@@ -15,9 +15,9 @@ and the output is the same. report.json in the output folder counts what was rem
 Steps are independent and may run in any order. Good repeats can only be kept (dedup --keep) where quality ran before dedup,
 which is why bash data/chain.sh scores first.
 
-    python -m data.chain --step extract --data crawl --out corpus/1
-    python -m data.chain --step dedup --data corpus/1 --out corpus/2
-    bash data/chain.sh crawl corpus          # all steps, corpus/1 … corpus/6
+    python -m data.chain --step extract --data crawl --out corpus/1-extract
+    python -m data.chain --step langid --data corpus/1-extract --out corpus/2-langid
+    bash data/chain.sh crawl corpus          # all steps, corpus/1-extract … corpus/6-resample
     python -m data.chain --step report --data corpus --out corpus
 """
 

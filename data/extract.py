@@ -4,7 +4,7 @@ HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blo
 by record; its HTML responses are kept. Parquet files need the column "text" (pip install ".[hub]" brings pyarrow). One output
 .jsonl for each input file, one {"text", "lang"?, "source"} a line.
 
-    python -m data.chain --step extract --data crawl --out corpus/1
+    python -m data.chain --step extract --data crawl --out corpus/1-extract
 """
 
 import gzip

@@ -3,7 +3,7 @@
 Prose loses boilerplate lines first and is then judged; code and maths would fail the rules of prose (few letters, repeated
 lines) and have their own. The thresholds are ours: the report gives none.
 
-    python -m data.chain --step filter --data corpus/3 --out corpus/4
+    python -m data.chain --step filter --data corpus/2-langid --out corpus/3-filter
 """
 
 import re

@@ -6,8 +6,8 @@ read: data/quality.json. The shipped judge was trained on real text in 17 langua
 `quality × occurrences` times (its cluster's size before duplicates went), at most MOST times: what many sites found worth
 repeating is seen more often, what is poor more rarely. The fraction is decided by a hash of the text.
 
-    python -m data.chain --step quality --data corpus/4 --out corpus/5
-    python -m data.chain --step resample --data corpus/5 --out corpus/6
+    python -m data.chain --step quality --data corpus/3-filter --out corpus/4-quality
+    python -m data.chain --step resample --data corpus/5-dedup --out corpus/6-resample
     python -m data.quality --good books --bad crawl      # writes data/quality.json; without --bad against the books damaged
 """
 

@@ -4,7 +4,7 @@ For each input file <name>.tokens (uint32, little-endian, each document ended by
 document ends), and one shards.json with the tokenizer's hash and the counts. Files are done in parallel, memory is flat, and a
 finished file is not done again. Documents held out for measuring (reader.held_out) are left out.
 
-    python -m data.shards --data corpus/6 --out shards --run runs/small     # with the tokenizer of runs/small
+    python -m data.shards --data corpus/6-resample --out shards --run runs/small     # with the tokenizer of runs/small
     python train.py --data shards --run runs/small
 """
 
