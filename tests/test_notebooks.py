@@ -49,13 +49,14 @@ def images(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def refusal(exercise, check):
-    """A cell that gives an exercise a wrong answer, which its check has to refuse."""
-    wrong = exercise.source.partition("#")[0].replace("None", "-7")
-    return nbformat.v4.new_code_cell(
-        f"{wrong}\ntry:\n{textwrap.indent(check.source, '    ')}\nexcept Exception:\n    pass\nelse:\n"
-        f"    raise AssertionError({wrong!r} + 'was accepted')\n{exercise.source}"
-    )  # fmt: skip
+def refusal(exercise, solution, check):
+    """A cell that gives an exercise wrong answers: the solution's cell, which fills in for None, lets them be, the check refuses them."""
+    tries = []
+    for wrong in ("-7", "0"):
+        answer = exercise.source.partition("#")[0].replace("None", wrong)
+        judged = textwrap.indent(f"{solution.source}\n{check.source}", "    ")
+        tries.append(f"{answer}\ntry:\n{judged}\nexcept Exception:\n    pass\nelse:\n    raise AssertionError({answer!r} + 'was accepted')")
+    return nbformat.v4.new_code_cell("\n".join([*tries, exercise.source]))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
@@ -68,7 +69,7 @@ def test_runs_from_top_to_bottom_and_refuses_wrong_answers(path, monkeypatch):
             cell.outputs = []
         fresh.cells.append(cell)
         if "exercise" in cell.metadata.get("tags", []):
-            fresh.cells.append(refusal(cell, cells[i + 2]))
+            fresh.cells.append(refusal(cell, cells[i + 1], cells[i + 2]))
     execute(fresh)
     assert images(fresh) == images(stored), "the stored outputs are not of this code: python tests/test_notebooks.py writes them"
 
