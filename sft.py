@@ -23,19 +23,20 @@ from compass import CompassConfig
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
-from data.tasks import CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
+from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit, logged, losses_of, model_from, processes, stage_schedule
 
 # stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
-    "sft1": (("mtp", "long"), Schedule(3200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
+    "sft1": (("mtp", "long"), Schedule(4200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
     "drills": (("sft1",), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
     "sft2": (("drills", "sft1"), Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
-EXERCISES = {"sft1": (FIRST, 4), "drills": (DRILLS, math.inf), "sft2": (LATER, math.inf)}  # shares and phrasings: data/tasks.py
+# shares and phrasings, see data/tasks.py: first the tasks, then every way of asking for them
+EXERCISES = {"sft1": (FIRST, 4), "drills": (DRILLS, math.inf), "sft2": (LATER, math.inf), "sft2 after drills": (AFTER_DRILLS, math.inf)}
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -255,16 +256,17 @@ def stage_before(stage, run):
 
 
 def run_stage(stage, args, device, tokenizer, ranks=None):
-    schedule = STAGES[stage][1]
-    state = load_latest(args.run, stage_before(stage, args.run), weights=ranks is None)
+    before = stage_before(stage, args.run)
+    state = load_latest(args.run, before, weights=ranks is None)
     inherit(state, tokenizer, to_train=True)
-    schedule = stage_schedule(stage, args, schedule)
+    schedule = stage_schedule(stage, args, STAGES[stage][1])
     if schedule is None:
         return
     if args.data:
         examples = read_tasks(args.data)
     else:
-        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), *EXERCISES[stage])
+        exercises = EXERCISES[f"{stage} after drills" if before == "drills" else stage]
+        examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), *exercises)
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
     model = model_from(state, args.run, ranks, device)
