@@ -172,13 +172,20 @@ def latest_stage(run, among=STAGES):
     return done[-1]
 
 
+def is_quantized(state):
+    """Whether a checkpoint dict holds quantized weights (quantize.py)."""
+    return any(name.endswith((".qweight", ".weight_fp8")) for name in state["model"])
+
+
 def load_model(state, device="cpu", **changes):
     """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly.
 
-    Raises InputError where the weights are quantized: those only answer (generate.py, evaluate.py).
+    Raises InputError where the weights are quantized (those only answer: generate.py, evaluate.py) or a reward model's.
     """
-    if any(name.endswith((".qweight", ".weight_fp8")) for name in state["model"]):
+    if is_quantized(state):
         raise InputError(f"this checkpoint of {state['stage']} is quantized and can only answer: train on in the run it was made from")
+    if "value.weight" in state["model"]:
+        raise InputError(f"stage {state['stage']} is a reward model, which judges answers and gives none: name another --stage")
     model = Compass(CompassConfig(**{**state["config"], **changes}))
     model.load_state_dict(state["model"])
     return model.to(device)

@@ -52,8 +52,7 @@ def pick_device(name):
         name, why = ("cuda", "a GPU is visible") if torch.cuda.is_available() else ("cpu", "no GPU is visible")
     else:
         why = "asked for"
-    dtype = "bf16 autocast, fp32 weights" if name == "cuda" else f"fp32, {torch.get_num_threads()} threads"
-    print(f"device {name} ({why}), {dtype}")
+    print(f"device {name} ({why})" + (f", fp32, {torch.get_num_threads()} threads" if name == "cpu" else ""))
     return torch.device(name)
 
 

@@ -51,9 +51,11 @@ class CompassConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("n_shared", "aux_weight", "z_weight", "mtp_depth", "mtp_weight") else 1e-12
-            if not isinstance(value, (int, float)) or value < least:
-                raise InputError(f"config field {field.name} is {value!r}, must be a number of at least {least:.0f}")
+            kind = (int,) if field.type is int else (int, float)
+            zero = field.name in ("n_shared", "aux_weight", "z_weight", "mtp_depth", "mtp_weight")
+            if isinstance(value, bool) or not isinstance(value, kind) or not (value > 0 or zero and value == 0):  # nan is neither
+                what = f"a {'whole ' if kind == (int,) else ''}number {'of at least' if zero else 'above'} 0"
+                raise InputError(f"config field {field.name} is {value!r}, must be {what}")
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"config field n_kv_heads is {self.n_kv_heads}, must divide n_heads {self.n_heads}")
         if self.head_dim % 2:
@@ -109,14 +111,14 @@ def apply_rope(x_BTHC, cos, sin):
 def document_mask(doc_ids_BT):
     """Causal within each document: a BlockMask for flex_attention on a GPU, elsewhere the lengths of the documents.
 
-    The lengths run over the B*T tokens in order; a run of padding counts as a document.
+    A document's tokens stand together. The lengths run over the B*T tokens in order; a run of padding counts as a document.
     """
     B, T = doc_ids_BT.shape
     if doc_ids_BT.is_cuda:
         return create_block_mask(
             lambda b, h, q, k: (q >= k) & (doc_ids_BT[b, q] == doc_ids_BT[b, k]), B, None, T, T, doc_ids_BT.device
         )
-    row_and_doc_N = (torch.arange(B).unsqueeze(1) * (T + 1) + doc_ids_BT).flatten()
+    row_and_doc_N = (torch.arange(B).unsqueeze(1) * (doc_ids_BT.max() + 2) + doc_ids_BT).flatten()
     return torch.unique_consecutive(row_and_doc_N, return_counts=True)[1].tolist()
 
 
@@ -338,7 +340,8 @@ class Compass(nn.Module):
     def loss(self, tokens_BT, targets_BT, weights_BT=None, *, doc_ids_BT=None, positions_BT=None):
         """Losses of one batch (v2 §2.2). targets_BT[t] is the token after tokens_BT[t], already shifted.
 
-        weights_BT (default ones) weighs each target; padding (doc_ids -1) never counts. lm is the
+        weights_BT (default ones) weighs each target; padding (doc_ids -1) never counts; where documents are packed, each one's last token
+        should weigh 0, as in train.assemble, or the next one's first is predicted from it. lm is the
         weighted mean in nats; aux and z are means over layers. Where other ranks hold more of the batch, each loss is scaled so that
         its mean over the ranks, weighed by each rank's sum of weights, is that of the whole batch.
         """
@@ -365,10 +368,10 @@ class Compass(nn.Module):
         routing = [(logits_NE[valid], index_NK[valid]) for logits_NE, index_NK in routing]
         own_LE = torch.stack([count_assignments(index_NK, E) for _, index_NK in routing])
         counts_LE = self.ranks.sum(own_LE)  # p and c are those of the whole batch: gradients of the ranks' p add up
-        share = own_LE[0].sum() / counts_LE[0].sum()
+        share = own_LE[0].sum() / counts_LE[0].sum().clamp_min(1)
         aux = [load_balancing_loss(z_NE.softmax(-1), index_NK, E, c_E) for (z_NE, index_NK), c_E in zip(routing, counts_LE, strict=True)]
         z = [router_z_loss(logits_NE) for logits_NE, _ in routing]
-        return torch.stack(aux).mean() * share, torch.stack(z).mean() * share, counts_LE / counts_LE.sum(1, keepdim=True)
+        return torch.stack(aux).mean() * share, torch.stack(z).mean() * share, counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)
 
     def _embed_later(self, tokens_BT):
         """[embedding of token t+k for each depth k of multi-token prediction]; none in steps without it."""

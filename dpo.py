@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import load_latest, load_model
+from checkpoint import checkpoints, inherit, load_latest, load_model
 from cli import InputError
 from data.scorers import SCORERS
 from data.tasks import tasks
@@ -77,6 +77,8 @@ def select_pair(answers, rewards, correct=None):
     General prompts (correct is None): highest against lowest reward. Prompts with a checkable answer: the highest reward among the
     right ones against the highest among the wrong ones; none where all are right or all wrong. Two equal texts are no pair.
     """
+    if not answers:
+        return None
     order = sorted(range(len(answers)), key=lambda i: -rewards[i])
     if correct is None:
         best, worst = order[0], order[-1]
@@ -109,14 +111,18 @@ def add_reference(pairs, model, rows=32):
 
 
 def preference_metrics(logp_BT, batch, chosen_B, rejected_B):
-    """What to watch: rewards, margin, accuracy, the chosen answers' drift in nats a token, and an estimate of the KL from the reference."""
+    """What to watch: rewards, margin, accuracy, the chosen answers' drift in nats a token, and the distance from the reference.
+
+    kl is the KL's second-order term on the pairs' own tokens. Estimators for sampled tokens would explode on rejected answers, which
+    are to become unlikely.
+    """
     mask_BT, gain_BT = batch["mask"], (logp_BT - batch["reference"]).detach()
     chosen_mask = mask_BT.chunk(2)[0]
     return {
         "rewards_chosen": chosen_B.mean(), "rewards_rejected": rejected_B.mean(), "margin": (chosen_B - rejected_B).mean(),
         "accuracy": (chosen_B > rejected_B).float().mean(), "logp_chosen": (logp_BT.chunk(2)[0].sum(1)).mean().detach(),
-        "chosen_drift": (gain_BT.chunk(2)[0] * chosen_mask).sum() / chosen_mask.sum(),
-        "kl": ((-gain_BT).exp() - 1 + gain_BT).mul(mask_BT).sum() / mask_BT.sum(),
+        "chosen_drift": gain_BT.chunk(2)[0].sum() / chosen_mask.sum(),
+        "kl": gain_BT.square().sum() / (2 * mask_BT.sum()),
     }  # fmt: skip
 
 
@@ -125,7 +131,7 @@ def dpo_objective(beta):
 
     def loss_fn(model, batch):
         logp_BT = token_logprobs(model, batch["tokens"], batch["mask"], doc_ids_BT=batch["doc_ids"])
-        policy, reference = ((x * batch["mask"]).sum(1).chunk(2) for x in (logp_BT, batch["reference"]))
+        policy, reference = (x_BT.sum(1).chunk(2) for x_BT in (logp_BT, batch["reference"]))  # both 0 outside the answers
         loss, chosen_B, rejected_B = dpo_loss(*policy, *reference, beta)
         return loss, preference_metrics(logp_BT, batch, chosen_B, rejected_B)
 
@@ -137,7 +143,7 @@ def alarm(metrics):
     if metrics["chosen_drift"] < DRIFT:
         return f"the chosen answers have lost {-metrics['chosen_drift']:.1f} nats a token: lower the rate or raise beta"
     if metrics["kl"] > KL:
-        return f"KL from the reference is {metrics['kl']:.1f} nats a token: lower the rate or raise beta"
+        return f"the KL from the reference is about {metrics['kl']:.1f} nats a token: lower the rate or raise beta"
     return None
 
 
@@ -181,7 +187,8 @@ def reward_judge(model, tokenizer):
     def judge(task, answers):
         distinct = sorted(set(answers))
         found = rewards(model, tokenizer, [[*task["messages"], {"role": "assistant", "content": answer}] for answer in distinct])
-        return [dict(zip(distinct, found, strict=True))[answer] for answer in answers]
+        score = dict(zip(distinct, found, strict=True))
+        return [score[answer] for answer in answers]
 
     return judge
 
@@ -191,10 +198,19 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
     if ranks is not None:
         raise InputError("--rounds samples in one process: under torchrun train on pairs (--data, or the embedded ones)")
+    if getattr(args, "data", None):
+        raise InputError(f"--data {args.data} with --rounds: rounds make their pairs from the run's own answers; leave one of the two out")
+    names = [*(f"{stage}/{turn}" for turn in range(1, args.rounds)), stage]
+    taken = [name for name in names if checkpoints(args.run, name)]
+    if taken and not args.resume:
+        raise InputError(f"{args.run}/{taken[0]} already holds checkpoints: pass --resume to go on, or another --run")
+    if stage_schedule(stage, args, schedule) is None:  # the last round bears the stage's name
+        return
     reference, model = load_model(state, device).eval(), load_model(state, device)
-    judge = reward_judge(load_reward_model(args.run, device)[0], tokenizer)
-    for turn in range(1, args.rounds + 1):
-        name = stage if turn == args.rounds else f"{stage}/{turn}"
+    judge_model, judge_state = load_reward_model(args.run, device)
+    inherit(judge_state, tokenizer)
+    judge = reward_judge(judge_model, tokenizer)
+    for turn, name in enumerate(names, 1):
         planned = stage_schedule(name, args, schedule)
         if planned is None:
             model.load_state_dict(load_latest(args.run, name, device)["model"])
@@ -209,11 +225,10 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
         )  # fmt: skip
 
 
-def tune(stage, objective, args, schedule=SCHEDULE):
+def tune(stage, objective, args):
     """Train one preference stage from the run's last sft stage."""
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
-    torch.manual_seed(args.seed)
-    schedule = stage_schedule(stage, args, schedule)
+    schedule = stage_schedule(stage, args, SCHEDULE)
     if schedule is None:
         return
     model = model_from(state, args.run, ranks, device)

@@ -9,7 +9,8 @@ from the model's own distribution with the request's own random number for that 
 was drawn. So drafting changes the speed and not the answer, greedy or sampled, and what a request gets depends on its seed,
 prompt and number alone (up to rounding of the logits: other batch shapes sum in another order).
 
-Shapes: B rows, A of them at choice, R rows of the whole cache, T = 1 + D tokens of a step, D model width, V vocabulary, K candidates.
+Shapes: B rows, A of them that draw a token at a place, R rows of the whole cache, T = 1 + D tokens of a step, D model width,
+V vocabulary, K candidates.
 
     python engine.py      # 100 random requests to a random model: steps, tokens, memory
 """
@@ -26,7 +27,7 @@ import cli
 from kvcache import KVCache
 
 PREFILL_TOKENS = 8192  # tokens prefilled at once, padding included: bounds the activations
-MAX_STREAM = 256  # random numbers a request draws at once
+DRAWN_AT_ONCE = 256  # random numbers a request draws at once
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Request:
     def uniform(self):
         """The random number of the token that comes next: a function of seed, prompt, sample and place."""
         while len(self.uniforms) <= len(self.ids):
-            self.uniforms += torch.rand(MAX_STREAM, generator=self.generator, dtype=torch.float64).tolist()
+            self.uniforms += torch.rand(DRAWN_AT_ONCE, generator=self.generator, dtype=torch.float64).tolist()
         return self.uniforms[len(self.ids)]
 
     def read(self, tokenizer, final=False):

@@ -198,21 +198,21 @@ def interval(hits, n, z=1.96):
 def accuracy(tasks, answers):
     """{"overall", "by_group", "by_task", "by_language", "cells", "intervals", "n"}: shares of tasks whose scorer accepts the answer."""
     hits = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(tasks, answers, strict=True)]
-    intervals = {"all": interval(sum(hits), len(hits))}
+    intervals = {"overall": interval(sum(hits), len(hits))}
 
-    def share(key):
+    def share(name, key):
         groups = defaultdict(list)
         for task, hit in zip(tasks, hits, strict=True):
             groups[key(task)].append(hit)
-        intervals.update({name: interval(sum(group), len(group)) for name, group in groups.items()})
-        return {name: sum(group) / len(group) for name, group in groups.items()}
+        intervals[name] = {key: interval(sum(group), len(group)) for key, group in groups.items()}
+        return {key: sum(group) / len(group) for key, group in groups.items()}
 
     return {
         "overall": sum(hits) / len(hits),
-        "by_group": share(lambda task: "e-commerce" if task["task"] in ECOMMERCE else "general"),
-        "by_task": share(lambda task: task["task"]),
-        "by_language": share(lambda task: task["lang"]),
-        "cells": share(lambda task: f"{task['task']}/{task['lang']}"),
+        "by_group": share("by_group", lambda task: "e-commerce" if task["task"] in ECOMMERCE else "general"),
+        "by_task": share("by_task", lambda task: task["task"]),
+        "by_language": share("by_language", lambda task: task["lang"]),
+        "cells": share("cells", lambda task: f"{task['task']}/{task['lang']}"),
         "intervals": intervals,
         "n": len(hits),
     }
@@ -240,9 +240,11 @@ def copied_answers(tasks):
 
 
 def sample_chats(tasks, ask):
-    """One reasoning task per language of the first three, thinking on and off, as text."""
-    lines = []
-    chosen = {task["lang"]: task for task in reversed(tasks) if task["task"] == "numerical_reasoning"}
+    """One reasoning task of each of the first three languages, thinking on and off, as text."""
+    lines, chosen = [], {}
+    for task in tasks:
+        if task["task"] == "numerical_reasoning":
+            chosen.setdefault(task["lang"], task)
     for task in list(chosen.values())[:3]:
         lines.append(f"user: {task['messages'][-1]['content']}")
         for thinking in (True, False):

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 import cli
-from checkpoint import inherit, latest_stage, load_latest, load_model
+from checkpoint import inherit, is_quantized, latest_stage, load_latest, load_model
 from cli import InputError
 from engine import Engine, Sampling, filtered_probs
 from kvcache import KVCache
-from lowbit import is_quantized, load_quantized
+from lowbit import load_quantized
 from tokenizer import Tokenizer
 
 __all__ = ["GREEDY", "Completion", "KVCache", "Sampling", "filtered_probs", "generate", "load_for_inference", "split_thought", "stream"]
@@ -113,6 +113,7 @@ def load_for_inference(run, device, stage=None):
     state = load_latest(run, stage or latest_stage(run))  # the optimizer's moments need not go to the device
     inherit(state, tokenizer)
     model = load_quantized(state, device) if is_quantized(state) else load_model(state, device)
+    model.mtp_scale = 0.0  # what evaluation measures is the next token's loss
     if torch.device(device).type == "cuda":
         for name, p in model.named_parameters():
             if not name.endswith("router.weight"):

@@ -206,11 +206,6 @@ def with_quantized(config, weights, tensors):
     return model.eval()
 
 
-def is_quantized(state):
-    """Whether a checkpoint dict holds quantized weights."""
-    return any(name.endswith((".qweight", ".weight_fp8")) for name in state["model"])
-
-
 def load_quantized(state, device="cpu"):
     """The model of a checkpoint dict that quantize.py wrote, in eval mode, on a CPU packed. Raises InputError naming what does not fit."""
     config, tensors, weights = CompassConfig(**state["config"]), dict(state["model"]), {}

@@ -29,7 +29,7 @@ def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
     """
     counts_E = count_assignments(expert_index_NK, num_experts) if counts_E is None else counts_E
     p_E, c_E = probs_NE.sum(0) / max(1, len(probs_NE)), counts_E.to(probs_NE.dtype)  # a rank may hold padding only
-    return num_experts * (p_E * c_E / counts_E.sum()).sum()
+    return num_experts * (p_E * c_E / counts_E.sum().clamp_min(1)).sum()
 
 
 def router_z_loss(logits_NE):

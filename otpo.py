@@ -24,9 +24,12 @@ from dpo import BETA, online, preference_metrics, token_logprobs, tune
 
 
 def contraction(reg, reg_marginal):
-    """f = reg_marginal / (reg_marginal + reg); a sweep shrinks the error of the potentials by f². Raises InputError below reg 0.05."""
+    """f = reg_marginal / (reg_marginal + reg); a sweep shrinks the error of the potentials by f². Raises InputError below reg 0.05 and
+    where reg_marginal is not above 0."""
     if reg < 0.05:
         raise InputError(f"reg is {reg}; below 0.05 the sweeps do not converge in fp32")
+    if reg_marginal <= 0:
+        raise InputError(f"reg_marginal is {reg_marginal}, must be above 0")
     return reg_marginal / (reg_marginal + reg)
 
 

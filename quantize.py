@@ -18,7 +18,6 @@ expert, N calibration rows of one matrix, L layers, P batches to choose from.
     python quantize.py --run runs/demo --method fp8 --device cuda
 """
 
-import itertools
 import json
 import math
 import os
@@ -187,9 +186,9 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     """A quantized copy of a Compass, in eval mode, that shares the tensors it leaves alone; its `report` lists every matrix.
 
     calibration: token batches (B, T), int64, without padding; the model runs on them in full precision, layer by layer. method: "awq",
-    "rtn" (int4, no search), "fp8" (W8A8, smoothed) or "fp8-naive" (no smoothing). A report entry: layer, matrix, expert (None: attention),
-    tokens seen, rows calibrated on, alpha, relative output errors before (rounding alone) and after the search. Raises InputError
-    on an unknown method, a group below 1, no batches, or a token outside the vocabulary.
+    "rtn" (int4, no search), "fp8" (W8A8, smoothed) or "fp8-naive" (no smoothing). A report entry: layer, matrix, expert ("0", "1", …
+    "shared", or None: attention), tokens seen, rows calibrated on, alpha, relative output errors before (rounding alone) and after the
+    search. Raises InputError on an unknown method, a group below 1, no batches, or a token outside the vocabulary.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
@@ -236,7 +235,14 @@ def oversample(model, pool, first=FIRST, minimum=MINIMUM):
 
 def calibration_pool(tokenizer, data, context, seed, n=POOL):
     """n batches (1, T): documents and training conversations (thoughts included) in turn; with a folder `data`, its documents alone."""
-    documents = [d["text"] for d in itertools.islice(reader.documents(data, "general", seed), n)]
+    documents, rng = [], random.Random(seed)
+    for i, document in enumerate(reader.documents(data, "general", seed)):
+        if i < n:
+            documents.append(document["text"])
+        elif data is None:  # the marketplace takes its languages in turn
+            break
+        elif (place := rng.randrange(i + 1)) < n:  # a folder's files come one after the other: n documents out of all, each as likely
+            documents[place] = document["text"]
     ids = [tokenizer.encode(text) for text in documents]
     if data is None:
         tasks = training(seed, -(-n // 16))

@@ -70,8 +70,8 @@ def plot_accuracy(result, title, path):
     axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
     axis.set_xticks(range(len(langs)), langs)
     axis.set_yticks(range(len(names)), names)
-    for i, row in enumerate(grid):
-        for j, value in enumerate(row):
+    for (i, j), value in np.ndenumerate(grid):
+        if value == value:  # a task need not be there in every language
             axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
     axis.set_title(title)
     figure.tight_layout()
@@ -106,13 +106,15 @@ def accuracy_table(results, tasks_hash, last):
     """Markdown: one row per task and language, one column per model or baseline, in percent; the interval is the last model's."""
     names = list(results)
     first = results[names[0]]
-    rows = [["all", *(f"{100 * results[n]['overall']:.1f}" for n in names)]]
+    intervals = results[last]["intervals"]
+
+    def row(name, shares, low, high):
+        return [name, *(f"{100 * share:.1f}" for share in shares), f"{100 * low:.0f} to {100 * high:.0f}"]
+
+    rows = [row("all", (results[n]["overall"] for n in names), *intervals["overall"])]
     for group in ("by_group", "by_task", "by_language"):
         for key in first[group]:
-            rows.append([key, *(f"{100 * results[n][group][key]:.1f}" for n in names)])
-    for row in rows:
-        low, high = results[last]["intervals"][row[0]]
-        row.append(f"{100 * low:.0f} to {100 * high:.0f}")
+            rows.append(row(key, (results[n][group][key] for n in names), *intervals[group][key]))
     return table(rows, [f"accuracy, % of {first['n']} held-out tasks, {tasks_hash}", *names, f"95 % interval, {last}"])
 
 

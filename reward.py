@@ -1,7 +1,8 @@
 """The reward model: a scalar head on Compass that scores an answer, trained on preferences (v2 §4.1).
 
 Bradley-Terry: the probability that the chosen answer beats the rejected one is σ(r_c - r_r). Several runs (epochs, learning rates,
-schedules) start from one shared head, so that their weights may be averaged; the average is chosen and reported by Best-of-N.
+schedules) start from one shared head, so that their weights may be averaged; held-out pairs compare the average with its members
+(Best-of-N does in benchmarks/alignment.py).
 
     python reward.py                                     # laptop: reward model of runs/demo on the embedded pairs
     python reward.py --data pairs.jsonl --run runs/small --device cuda
@@ -32,10 +33,9 @@ PAIRS = 8  # a step
 PER_LANGUAGE = 300  # embedded pairs
 
 
-def bradley_terry_loss(chosen_B, rejected_B, margin=0.0, centring=0.0):
-    """-log σ(r_c - r_r - margin) + centring (r_c + r_r)², means over B. The loss leaves the rewards' zero free; centring holds it."""
-    loss = -F.logsigmoid(chosen_B - rejected_B - margin).mean()
-    return loss + centring * (chosen_B + rejected_B).square().mean()
+def bradley_terry_loss(chosen_B, rejected_B):
+    """-log σ(r_c - r_r), the mean over B (v2 §4.1). Only differences count: the rewards' zero is free."""
+    return -F.logsigmoid(chosen_B - rejected_B).mean()
 
 
 def average_weights(state_dicts):
@@ -49,7 +49,7 @@ def average_weights(state_dicts):
 
 
 def best_of_n(rewards_PN, correct_PN):
-    """{n: accuracy of the answer with the highest reward among n}, for n = 1, 2, 4, … N, exactly over all subsets of size n.
+    """{n: accuracy of the answer with the highest reward among n}, for n = 1, 2, 4, … up to N, exactly over all subsets of size n.
 
     Of P prompts with N sampled answers each: an answer is picked from a random subset of n when it is in it and no better one is, which has
     probability C(N - 1 - rank, n - 1) / C(N, n). Ties go to the earlier answer.
@@ -256,7 +256,8 @@ def main():
     average_members(args.run, stages, device, args.seed)
     for stage in ("reward", *stages):
         model, _ = load_reward_model(args.run, device, stage)
-        print(f"{stage:9} prefers the chosen answer in {100 * pair_accuracy(model, held_out):.1f} % of {len(held_out.rows)} held-out pairs")
+        share, n = 100 * pair_accuracy(model, held_out), len(held_out.rows)
+        print(f"{stage:9} prefers the chosen answer in {share:.1f} % of {n} held-out pairs of the marketplace")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """compass.py against transformers on copied weights, full logits, separate documents, and the published totals."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_padding_stays_outside_all_losses(micro_model):
     for a, b in zip(losses, batch_loss(micro_model, noisy), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(losses.load_LE.sum(1), torch.ones(2))
+    nothing = batch_loss(micro_model, {**packed, "doc_ids": torch.full_like(packed["doc_ids"], -1)})
+    assert nothing.total.item() == 0 and not nothing.load_LE.any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("n_layers", 0, "is 0, must be a whole number above 0"), ("n_layers", 2.5, "is 2.5, must be a whole number above 0"),
+        ("max_seq_len", True, "is True, must be a whole number above 0"), ("n_shared", -1, "is -1, must be a whole number of at least 0"),
+        ("norm_eps", float("nan"), "is nan, must be a number above 0"), ("z_weight", -0.1, "is -0.1, must be a number of at least 0"),
+    ],
+)  # fmt: skip
+def test_a_bad_config_is_named(micro_config, field, value, message):
+    with pytest.raises(ValueError, match=f"config field {field} {re.escape(message)}"):
+        dataclasses.replace(micro_config, **{field: value})
 
 
 def test_total_is_the_weighted_sum(micro_model):
@@ -132,6 +148,7 @@ def test_by_document_and_flex_equal_a_dense_mask(micro_model, monkeypatch):
     packed = {name: tensor.repeat(2, 1) for name, tensor in packed.items()}
     doc_ids = packed["doc_ids"]
     assert document_mask(doc_ids) == [9, 20, 14, 5] * 2
+    assert document_mask(torch.tensor([[0, 5], [2, 7]])) == [1, 1, 1, 1]  # ids may be larger than rows are long
     by_document = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
     block = create_block_mask(lambda b, h, q, k: (q >= k) & (doc_ids[b, q] == doc_ids[b, k]), 2, None, 48, 48, "cpu")
     dense = (doc_ids.unsqueeze(2) == doc_ids.unsqueeze(1)).tril().unsqueeze(1)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from checkpoint import latest_stage, load_latest, read_metrics, save_checkpoint
+from checkpoint import latest_stage, load_latest, load_model, read_metrics, save_checkpoint
 from data.preferences import preferences
-from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, online, select_pair, token_logprobs
+from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, online, preference_metrics, select_pair, token_logprobs
 from generate import Completion
 from otpo import otpo_objective
 from reward import PAIRS, Pairs, RewardModel, encode_pairs
@@ -62,6 +62,7 @@ def test_pairs_by_rule():
     for correct in ([True] * 4, [False] * 4):
         assert select_pair(answers, rewards, correct) is None
     assert select_pair(["x"] * 3, [1.0, 2.0, 3.0]) is None and select_pair(["x", "y"], [1.0, 1.0]) is None
+    assert select_pair([], []) is None and select_pair([], [], correct=[]) is None
 
 
 def test_equals_trl_on_the_same_model_and_batch(pair, tmp_path):
@@ -182,6 +183,13 @@ def test_a_few_steps_prefer_the_chosen(micro_model, micro_tokenizer, objective):
     assert history[-1][0] < 0.6 and last["margin"] > 0 and last["accuracy"] > first["accuracy"] and last["kl"] > 0
 
 
+def test_kl_by_hand():
+    """Half the mean square of the gain: second order of the KL, and finite however unlikely a rejected answer becomes."""
+    logp = torch.tensor([[0.0, -1.0, -2.0], [0.0, -900.0, 0.0]])
+    batch = {"mask": torch.tensor([[0.0, 1, 1], [0, 1, 0]]), "reference": torch.tensor([[0.0, -1.5, -2.0], [0.0, 0.0, 0.0]])}
+    assert preference_metrics(logp, batch, torch.ones(1), torch.zeros(1))["kl"].item() == pytest.approx((0.5**2 + 900**2) / 6)
+
+
 def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, monkeypatch, capsys):
     """Two rounds with fabricated samples: the second starts from the first, the reference stays, a finished round is not sampled again."""
     micro_tokenizer.save(tmp_path)
@@ -207,6 +215,12 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     assert [entry["stage"] for entry in logged] == ["dpo/1"] * 4 + ["dpo"] * 4
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and logged[4]["kl"] > 1e-6  # round 2 is measured against the reference
     online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), "resume": True}))
-    assert len(starts) == 2 and capsys.readouterr().out.count("already finished") == 2
+    assert len(starts) == 2 and capsys.readouterr().out.count("already finished") == 1
+    for changes, message in (({}, "dpo/1 already holds checkpoints"), ({"data": "mine.jsonl"}, "--data mine.jsonl with --rounds")):
+        with pytest.raises(ValueError, match=message):
+            online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), **changes}))
+    assert len(starts) == 2  # nothing was sampled in vain
+    with pytest.raises(ValueError, match="stage reward is a reward model"):
+        load_model(load_latest(str(tmp_path), "reward"))
     online("otpo", otpo_objective(0.1), args, off_policy=True)
     assert latest_stage(str(tmp_path)) == "otpo"

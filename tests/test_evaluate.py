@@ -9,7 +9,17 @@ import torch
 from data.needles import line_retrieval, needle
 from data.reader import read_tasks
 from data.tasks import tasks
-from evaluate import Answers, answer_tasks, best_of_samples, interval, multiple_choice, retrieval, score_continuations
+from evaluate import (
+    Answers,
+    accuracy,
+    answer_tasks,
+    best_of_samples,
+    interval,
+    multiple_choice,
+    retrieval,
+    sample_chats,
+    score_continuations,
+)
 from generate import GREEDY, generate
 from report import table
 
@@ -47,6 +57,18 @@ def test_interval_by_hand():
     assert interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-3)
     low, high = interval(0, 40)
     assert low == pytest.approx(0, abs=1e-9) and 0.05 < high < 0.12
+    # a task may bear the name of a group, or of the row of all
+    named = [{"task": name, "lang": "en", "scorer": "exact", "answer": "a"} for name in ("general", "overall")]
+    result = accuracy(named, ["a", "b"])
+    assert result["intervals"]["by_task"] == {"general": interval(1, 1), "overall": interval(0, 1)}
+    assert result["intervals"]["by_group"] == {"general": interval(1, 2)} and result["intervals"]["overall"] == interval(1, 2)
+
+
+def test_chats_of_the_first_languages():
+    made = [{**task, "messages": [{"role": "user", "content": task["lang"]}]} for task in tasks("test", 0, 2)]
+    text = sample_chats(made, lambda asked, thinking: [("so", "7") if thinking else ("", "7")])
+    assert [line.removeprefix("user: ") for line in text.split("\n") if line.startswith("user")] == ["en", "zh", "id"]
+    assert text.count("thinking on: <think>so</think> 7") == text.count("thinking off: 7") == 3
 
 
 def test_answers_survive_a_kill(micro_model, micro_tokenizer, tmp_path, monkeypatch):

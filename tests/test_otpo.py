@@ -142,6 +142,8 @@ def test_bad_input_is_named():
         ot_token_weights(h_c, h_r, m_c, m_r)
     with pytest.raises(ValueError, match="reg is 0.01"):
         ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), reg=0.01)
+    with pytest.raises(ValueError, match="reg_marginal is 0"):
+        ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), reg_marginal=0)
     with pytest.raises(ValueError, match="reg is 0.01"):
         sinkhorn(torch.zeros(1, 1, 1), torch.ones(1, 1), torch.ones(1, 1), 0.01, 0.2, 5)
 

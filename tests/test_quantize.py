@@ -12,11 +12,21 @@ from torch import nn
 
 import kernels
 import quantize
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import is_quantized, load_checkpoint, load_model, save_checkpoint
 from compass import CONFIGS, Compass
 from kernels import fp8_matmul, int4_matmul, unpack_int4
-from lowbit import FP8Linear, Int4Linear, is_quantized, load_quantized, matrices, pack
-from quantize import METHODS, dequantize_fp8, dequantize_int4, input_scales, oversample, quantize_fp8, quantize_int4, quantize_model
+from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack
+from quantize import (
+    METHODS,
+    calibration_pool,
+    dequantize_fp8,
+    dequantize_int4,
+    input_scales,
+    oversample,
+    quantize_fp8,
+    quantize_int4,
+    quantize_model,
+)
 from tests.test_kernels import INT4, compiled, interpreted, no_spills
 
 
@@ -337,6 +347,14 @@ def test_bad_input_is_named():
         quantize_model(model(), [])
     with pytest.raises(ValueError, match="calibration batch 1: need .* 0..511"):
         quantize_model(model(), [torch.tensor([[1]]), torch.tensor([[512]])])
+
+
+def test_a_folder_is_drawn_from_as_a_whole(micro_tokenizer, tmp_path):
+    for lang in ("de", "th"):
+        (tmp_path / f"{lang}.jsonl").write_text("".join(json.dumps({"text": f"{lang} {i}"}) + "\n" for i in range(300)))
+    pool = calibration_pool(micro_tokenizer, str(tmp_path), 64, 0, n=40)
+    langs = [micro_tokenizer.decode(batch[0].tolist())[:2] for batch in pool]
+    assert len(langs) == 40 and 8 < langs.count("th") < 32
 
 
 def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):

@@ -15,9 +15,7 @@ from train import _train_step, make_optimizer
 def test_bradley_terry_by_hand():
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
     assert bradley_terry_loss(chosen, rejected).item() == pytest.approx((math.log1p(math.exp(-1)) + math.log(2)) / 2)
-    assert bradley_terry_loss(chosen, rejected, margin=1.0).item() == pytest.approx((math.log(2) + math.log1p(math.e)) / 2)
-    centred = bradley_terry_loss(chosen, rejected, centring=0.1) - bradley_terry_loss(chosen, rejected)
-    assert centred.item() == pytest.approx(0.1 * (9 + 0) / 2)
+    assert bradley_terry_loss(chosen + 5, rejected + 5).item() == bradley_terry_loss(chosen, rejected).item()
 
 
 def test_average_of_weights():
