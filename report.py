@@ -27,6 +27,22 @@ def stage_losses(metrics):
     return loss, speed
 
 
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def percent_map(axis, grid_RC, columns, rows):
+    """A heat map of shares with their per cents written in; nan where there is none."""
+    axis.imshow(grid_RC, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
+    for (i, j), share in np.ndenumerate(grid_RC):
+        if share == share:
+            axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color="w" if share > 0.6 else "k")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+
+
 def plot_losses(metrics, path):
     stages = [stage for stage in STAGES if any(e["stage"] == stage and e.get("lm") is not None for e in metrics)]
     figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(3.2 * max(1, len(stages)), 3), squeeze=False)
@@ -38,9 +54,7 @@ def plot_losses(metrics, path):
         axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), color="tab:blue")
         axis.set(title=stage, xlabel="step")
     axes[0, 0].set_ylabel("loss on targets (nats)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_load(metrics, path):
@@ -55,28 +69,19 @@ def plot_load(metrics, path):
     axis.set(xlabel="expert", ylabel="layer", title=f"expert load after {loads[-1]['stage']} (1 is an even share)")
     axis.set_yticks(range(len(load_LE)))
     figure.colorbar(image)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     return float(load_LE.max())
 
 
 def plot_accuracy(result, title, path):
-    """Heat map of accuracy, task by language."""
+    """Accuracy, task by language; a task need not be there in every language."""
     names = sorted({cell.rsplit("/", 1)[0] for cell in result["cells"]})
     langs = sorted({cell.rsplit("/", 1)[1] for cell in result["cells"]})
     grid = np.array([[result["cells"].get(f"{name}/{lang}", np.nan) for lang in langs] for name in names])
     figure, axis = plt.subplots(figsize=(1.8 + 0.75 * len(langs), 1 + 0.42 * len(names)))
-    axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-    axis.set_xticks(range(len(langs)), langs)
-    axis.set_yticks(range(len(names)), names)
-    for (i, j), value in np.ndenumerate(grid):
-        if value == value:  # a task need not be there in every language
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
+    percent_map(axis, grid, langs, names)
     axis.set_title(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def plot_needles(found, path):
@@ -84,17 +89,11 @@ def plot_needles(found, path):
     figure, axes = plt.subplots(1, len(found), figsize=(1.2 + 3.4 * len(found), 3.2), sharey=True, squeeze=False)
     for axis, (name, result) in zip(axes[0], found.items(), strict=True):
         grid = np.vstack([np.array(result["needles"]).T, result["lines"]])
-        axis.imshow(grid, vmin=0, vmax=1, cmap="YlGn", aspect="auto")
-        for (i, j), value in np.ndenumerate(grid):
-            axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="w" if value > 0.6 else "k")
-        axis.set_xticks(range(len(result["lengths"])), result["lengths"])
-        axis.set_yticks(range(len(grid)), [*(f"{100 * depth:.0f} %" for depth in result["depths"]), "lines"])
+        percent_map(axis, grid, result["lengths"], [*(f"{100 * depth:.0f} %" for depth in result["depths"]), "lines"])
         axis.set(title=name, xlabel="tokens")
     axes[0, 0].set_ylabel("depth of the needle")
     figure.suptitle("parcels found, %")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def table(rows, header):

@@ -30,7 +30,7 @@ from data.tasks import fingerprint, tasks
 from dpo import BETA, OPEN, ROUND, SAMPLES, add_reference, dpo_objective, label, reward_judge, sample_answers, token_logprobs
 from evaluate import accuracy, answer_tasks
 from generate import load_for_inference, split_thought
-from report import table
+from report import save, table
 from reward import MEMBERS, Pairs, best_of_n, encode_pairs, load_reward_model, pair_accuracy, rewards
 
 ROUNDS, PER_CELL = 3, 1
@@ -117,9 +117,7 @@ def plot(results, path):
     axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the best, %", xticks=numbers, xticklabels=numbers)
     axis.minorticks_off()
     axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def tables(results):

@@ -31,7 +31,7 @@ from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte
-from report import table
+from report import save, table
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
@@ -145,9 +145,7 @@ def plot(results, path):
     axes[1, 0].set_title("bits per byte, equal expert width")
     sizes = {"16 of 64, top-4": tiny, "8 of 128, top-2": results["v3"]["tiny_v3 without MTP"]}
     dots(axes[1, 1], sizes, "ms", "ms a training step, equal size")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def tables(results):

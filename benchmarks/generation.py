@@ -35,7 +35,7 @@ from data import market
 from engine import Engine, Sampling
 from evaluate import bits_per_byte
 from generate import GREEDY, generate
-from report import table
+from report import save, table
 from tokenizer import Tokenizer, train_bpe
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
@@ -217,9 +217,7 @@ def plot(results, path):
     right.set(xlabel="tokens of the answer", ylabel="ms a step of 16 rows", title="cost of a step", ylim=(0, None))
     for axis in (left, right):
         axis.grid(alpha=0.4)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def tables(results):

@@ -39,7 +39,7 @@ from evaluate import accuracy, answer_tasks
 from generate import GREEDY, generate
 from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack, with_quantized
 from quantize import GROUP, calibration_pool, oversample, quantize_model
-from report import table
+from report import save, table
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 
@@ -249,9 +249,7 @@ def plot(results, path):
         axes[2].set_yticks([y + 0.2 for y in range(len(arms))], arms, fontsize=8)
         axes[2].set(xscale="log", xlabel="divergence from FP32, nats a token", title=f"{CHANNELS} outlier channels, times {int(factor):,}")
         axes[2].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def tables(results):

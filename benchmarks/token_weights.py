@@ -31,7 +31,7 @@ from dpo import add_reference, token_logprobs
 from evaluate import accuracy, answer_tasks
 from generate import load_for_inference
 from otpo import ot_token_weights, otpo_objective
-from report import table
+from report import save, table
 from reward import PAIRS, Pairs, encode_pairs
 from train import Schedule
 
@@ -119,9 +119,7 @@ def picture(model, tokenizer, groups, path):
         axis.set_title(f"a {kind} pair; red: no partner in the other answer")
         axis.set_yticklabels(["chosen", "rejected"])
         axis.set_xticks([])
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def tables(results):

@@ -24,7 +24,7 @@ import tiktoken
 
 import cli
 from data.reader import held_out, read_folder
-from report import table
+from report import save, table
 from tokenizer import (
     EUROPEAN,
     MAIN,
@@ -115,9 +115,7 @@ def plot(results, path):
     axis.set_ylim(0)
     axis.set_ylabel("tokens per 100 bytes, held-out text")
     axis.legend(fontsize=8, loc="upper right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def tables(results):
