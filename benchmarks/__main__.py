@@ -27,6 +27,7 @@ from report import accuracy_table, thinking_table
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGE = os.path.join(ROOT, "RESULTS.md")
 BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers say), short or long; in the order of RESULTS.md
+    ("drills", "--run runs/pretrained", "long"),
     ("vocabulary", "--data DATA --peers PEERS", "long"),
     ("bpe_training", "--data DATA", "long"),
     ("chain", "--data DATA", "long"),

@@ -320,9 +320,9 @@ FIRST = {
 }  # fmt: skip
 LATER = {**FIRST, "page": 10, "listing": 4, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5}
 # a long training has a stage of nothing else between the two, and does not forget it in sft2
-DRILLS = {"echo": 8, "word_pairs": 30, "number_pairs": 20, "fitting": 17, "sameness": 10, "listing": 15}
+DRILLS = {"echo": 6, "word_pairs": 24, "number_pairs": 16, "fitting": 16, "sameness": 14, "listing": 24}
 AFTER_DRILLS = {
-    **LATER, "listing": 12, "echo": 6, "word_pairs": 6, "number_pairs": 6, "fitting": 12, "sameness": 10, "shelf": 8, "recommendation": 2,
+    **LATER, "listing": 10, "echo": 5, "word_pairs": 2, "number_pairs": 4, "fitting": 6, "sameness": 8, "shelf": 8, "recommendation": 2,
 }  # fmt: skip
 
 

@@ -68,5 +68,5 @@ def test_what_is_left_out_and_what_fails_is_named(capsys, tmp_path, monkeypatch)
 
 def test_unknown_names_are_refused(script):
     result = script("-m", "benchmarks", "--draw", "mo", "moe")
-    assert result.returncode == 2 and result.stderr.startswith("__main__.py: error: no benchmark mo; there are vocabulary, ")
+    assert result.returncode == 2 and result.stderr.startswith("__main__.py: error: no benchmark mo; there are drills, vocabulary, ")
     assert result.stderr.count("\n") == 1
