@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The checkpoint that ships with the repository: the chain of demo.sh with more steps, and drills. Killed, it goes on where it was.
+# A training like that of the checkpoint that ships: the chain of demo.sh with more steps, and drills. Killed, it goes on where it was.
 #   bash pretrained.sh             about 70 minutes on two cores; trains in runs/pretrained, ends in runs/pretrained/export
 #   SEED=1 RUN=runs/seed1 bash pretrained.sh      another seed
 set -euo pipefail
