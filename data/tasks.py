@@ -57,12 +57,16 @@ def classification(lang, rng, split):
     return {**lookup(("category",))(lang, rng, split), "choices": list(lexicon(lang)["categories"].values())}
 
 
+def drill(pairs):
+    """A chat of (question, answer) pairs; the last question is to be answered."""
+    messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return {"messages": messages[:-1], "answer": messages[-1]["content"]}
+
+
 def chat(text, pairs):
-    """A chat about a text from (question, answer) pairs; the last question is to be answered."""
-    messages = about(text, pairs[0][0])
-    for (_, answer), (question, _) in zip(pairs, pairs[1:], strict=False):
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-    return {"messages": messages, "answer": pairs[-1][1]}
+    """A drill about a text, which the first question brings along."""
+    (question, answer), *others = pairs
+    return drill([(f"{text}\n\n{question}", answer), *others])
 
 
 def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns=2):
@@ -142,13 +146,19 @@ def changed_once(product, rng, split):
     return other
 
 
+def line_about(product, lang, rng, split):
+    """(shop-window line, yes or no): whether it is the product's, or that of one which differs in a single field."""
+    lex, same = lexicon(lang), rng.random() < 0.5
+    other = product if same else changed_once(product, rng, split)
+    return lex["listing"].format(**other.words(lang)), lex[YES_NO[not same]]
+
+
 def similarity(lang, rng, split):
     """A page and a shop-window line: the same product, or one that differs in a single field?"""
-    lex, product, same = lexicon(lang), draw_product(rng, split), rng.random() < 0.5
-    other = product if same else changed_once(product, rng, split)
-    text = f"{page(product, lang, rng, split)}\n{lex['listing'].format(**other.words(lang))}"
-    choices = [lex[word] for word in YES_NO]
-    return {"messages": about(text, ask(lang, rng, split, "similar")), "answer": choices[not same], "choices": choices}
+    product = draw_product(rng, split)
+    line, answer = line_about(product, lang, rng, split)
+    text = f"{page(product, lang, rng, split)}\n{line}"
+    return {"messages": about(text, ask(lang, rng, split, "similar")), "answer": answer, "choices": [lexicon(lang)[w] for w in YES_NO]}
 
 
 def information_generation(lang, rng, split):
@@ -226,12 +236,6 @@ def ledger(lang, rng, split):
 # A skill is learnt from many short trials in one conversation: what copies, chooses or compares is hardly seen in a page with one question
 
 
-def drill(pairs):
-    """A chat of (question, answer) pairs that are about no text."""
-    messages = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return {"messages": messages[:-1], "answer": messages[-1]["content"]}
-
-
 def echo(lang, rng, split, turns=3):
     """Made-up words, to be said again: what cannot be known has to be copied."""
 
@@ -283,13 +287,9 @@ def fitting(lang, rng, split, turns=8):
 
 def sameness(lang, rng, split, turns=6):
     """One product and many lines of a shop window: the same product?"""
-    lex, product, pairs = lexicon(lang), draw_product(rng, split), []
-    for _ in range(turns):
-        same = rng.random() < 0.5
-        other = product if same else changed_once(product, rng, split)
-        pairs.append((lex["listing"].format(**other.words(lang)), lex[YES_NO[not same]]))
-    text = f"{shown(product, lang, rng, split)}\n{pairs[0][0]}"
-    return chat(text, [(ask(lang, rng, split, "similar"), pairs[0][1]), *pairs[1:]])
+    product = draw_product(rng, split)
+    (line, answer), *others = [line_about(product, lang, rng, split) for _ in range(turns)]
+    return chat(f"{shown(product, lang, rng, split)}\n{line}", [(ask(lang, rng, split, "similar"), answer), *others])
 
 
 def listing(lang, rng, split):
