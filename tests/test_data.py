@@ -204,6 +204,19 @@ def test_drills_are_answered_by_their_texts(lang):
         said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
         lines = said[0].split("\n\n")[0].split("\n- ")[1:]
         assert sorted(said[1::2]) == sorted(next(name for name in said[1::2] if line.startswith(f"{name} ")) for line in lines)
+        shelf = CONVERSATIONS["shelf"](lang, rng, "train")
+        said = [*(m["content"] for m in shelf["messages"]), shelf["answer"]]
+        text, first = said[0].rsplit("\n\n", 1)
+        pages = text.split("\n[2] ")
+        for question, answer in zip([first, *said[2::2]], said[1::2], strict=True):
+            name = question.split(":")[0]
+            if ":" not in question or name.split(" ")[0] not in market.BRANDS:  # which is cheaper?
+                assert sum(answer in page for page in pages) == 1
+            elif answer == market.lexicon(lang)["unknown"]:
+                assert name not in text
+            else:
+                assert all(name not in page or answer in page for page in pages) and name in text
+        said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
         for colour, name in zip(said[2::2], said[3::2], strict=True):
             assert [line.startswith(f"{name} ") for line in lines] == [colour in line.replace(name, "") for line in lines]
 
@@ -222,6 +235,9 @@ def test_comparisons_say_yes_to_what_is_the_same(lang):
     for i in range(20):
         pairs, same = asked("word_pairs", i)
         assert [len(set(pair.removesuffix("?").split(" = "))) == 1 for pair in pairs] == same
+        pairs, larger = asked("number_pairs", i)
+        numbers = [[int(re.sub(r"\D", "", side)) for side in pair.split(" > ")] for pair in pairs]
+        assert [a > b for a, b in numbers] == larger
         (text, *queries), (_, *fits) = asked("fitting", i)
         yes, no = ({query for query, fit in zip(queries, fits, strict=True) if fit == wanted} for wanted in (True, False))
         kinds, colours = ([word for word in lex[key].values() if word in text] for key in ("types", "colours"))
@@ -231,4 +247,4 @@ def test_comparisons_say_yes_to_what_is_the_same(lang):
         shown, first = text.rpartition("\n\n")[0].rsplit("\n", 1)
         yes, no = ({line for line, one in zip([first, *lines], same, strict=True) if one == wanted} for wanted in (True, False))
         assert len(yes) <= 1 and not yes & no and ("\n" in shown or shown not in no)
-    assert len(seen) == 6
+    assert len(seen) == 8

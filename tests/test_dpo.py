@@ -3,6 +3,7 @@
 import argparse
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -220,6 +221,11 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
         with pytest.raises(ValueError, match=message):
             online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), **changes}))
     assert len(starts) == 2  # nothing was sampled in vain
+    save_checkpoint(str(tmp_path / "reward" / "step_2.pt"), RewardModel(micro_model), stage="reward", tokenizer_hash="another", step=2)
+    with pytest.raises(ValueError, match="is not the one that reward was trained with"):
+        online("otpo", otpo_objective(0.1), args, off_policy=True)
+    shutil.rmtree(tmp_path / "reward")
+    save_checkpoint(str(tmp_path / "reward" / "step_1.pt"), RewardModel(micro_model), stage="reward", **common)
     with pytest.raises(ValueError, match="stage reward is a reward model"):
         load_model(load_latest(str(tmp_path), "reward"))
     online("otpo", otpo_objective(0.1), args, off_policy=True)
