@@ -234,7 +234,8 @@ def oversample(model, pool, first=FIRST, minimum=MINIMUM):
 
 
 def calibration_pool(tokenizer, data, context, seed, n=POOL):
-    """n batches (1, T): documents and training conversations (thoughts included) in turn; with a folder `data`, its documents alone."""
+    """n batches (1, T): documents and training conversations (thoughts included) in turn; with a folder `data`, n of its documents
+    (all of them are read)."""
     documents, rng = [], random.Random(seed)
     for i, document in enumerate(reader.documents(data, "general", seed)):
         if i < n:

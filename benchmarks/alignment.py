@@ -5,7 +5,7 @@ weights. Then three rounds of online DPO twice: with the hardest wrong answer as
 the reward model likes best), and with any wrong answer. After each round on held-out tasks: accuracy and length of greedy answers,
 the reward model's opinion of them, and the KL from the model before, estimated on sampled answers in nats a token. One seed.
 
-    cp -r checkpoints/tiny runs/alignment && python reward.py --run runs/alignment
+    mkdir -p runs && cp -r checkpoints/tiny runs/alignment && python reward.py --run runs/alignment
     python -m benchmarks.alignment --run runs/alignment      # about 20 minutes on two cores
 """
 
