@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A training like that of the checkpoint that ships: the chain of demo.sh with more steps, and drills. Killed, it goes on where it was.
-#   bash pretrained.sh             65 to 90 minutes on two cores (estimated from the steps); trains in runs/pretrained, ends in runs/pretrained/export
+#   bash pretrained.sh             about an hour on two cores; trains in runs/pretrained, ends in runs/pretrained/export
 #   SEED=1 RUN=runs/seed1 bash pretrained.sh      another seed
 set -euo pipefail
 RUN=${RUN:-runs/pretrained} SEED=${SEED:-0}
@@ -14,6 +14,6 @@ stage train.py anneal 400
 stage train.py long 150
 stage sft.py sft1 4500      # direct answers, few phrasings
 stage sft.py drills 4000    # many comparisons in one conversation
-stage sft.py sft2 25000     # thoughts beside direct answers, all phrasings
+stage sft.py sft2 20000     # thoughts beside direct answers, all phrasings
 python evaluate.py --run "$RUN" --tasks "${TASKS:-10}"
 python checkpoint.py --run "$RUN" --export "$RUN/export"
