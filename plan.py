@@ -35,11 +35,8 @@ from train import CLIP, RECIPES, make_optimizer
 GPU_MEMORY, LEFT_FREE, NODE = 80e9, 0.1, 8  # bytes; share for CUDA, NCCL and fragmentation; GPUs a node
 PEAK_FLOPS, LINK, NETWORK = 989e12, 450e9, 50e9  # H100: bf16 FLOP/s, NVLink and network bytes/s of one GPU, one direction
 LARGEST_GAP = 0.05  # between tracker and formula
-# (config, context) -> layout and rows of a micro-step; what is not named takes "ep=8" and one row
-LAYOUTS = {
-    ("v2_30b", 4096): ("ep=8", 6), ("v2_30b", 32_768): ("ep=8,cp=4", 3), ("v3_245b", 8192): ("ep=8", 2),
-    ("v3_245b", 32_768): ("ep=8,cp=2", 1), ("v3_245b", 131_072): ("ep=8,cp=8", 1),
-}  # fmt: skip
+# (config, context) -> layout; what is not named takes "ep=8". The rows of a micro-step are the recipe's
+LAYOUTS = {("v2_30b", 32_768): "ep=8,cp=4", ("v3_245b", 32_768): "ep=8,cp=2", ("v3_245b", 131_072): "ep=8,cp=8"}
 
 
 def traffic(collective, size, ranks, peers_in_node):
@@ -339,9 +336,8 @@ def report(args):
     if recipe is None:
         raise InputError(f"--stage {stage} is not one of {', '.join(RECIPES[args.config])} of {args.config}")
     T = recipe.seq_len
-    text, rows = LAYOUTS.get((args.config, T), ("ep=8", 1))
-    text, rows = args.parallel or text, args.rows or rows
-    layout = layout_of(text, args.gpus, config)
+    rows = args.rows or recipe.micro_rows
+    layout = layout_of(args.parallel or LAYOUTS.get((args.config, T), "ep=8"), args.gpus, config)
     ways = layout.dp * layout.ep
     print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
     print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"

@@ -50,7 +50,10 @@ class Recipe(NamedTuple):
 
 
 def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95, recompute=False):
-    """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows."""
+    """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows.
+
+    micro_rows: of context, of long_context.
+    """
     general, anneal, long = steps
     schedules = (
         Schedule(general, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2),
@@ -58,16 +61,16 @@ def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_
         Schedule(long, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2),
     )
     return {
-        "general": Recipe(context, rows, micro_rows, schedules[0], recompute=recompute),
-        "anneal": Recipe(context, rows * 3 // 2, micro_rows, schedules[1], recompute=recompute),
-        "long": Recipe(long_context, long_rows, min(max(1, micro_rows * context // long_context), long_rows), schedules[2], 1e6, recompute),
+        "general": Recipe(context, rows, micro_rows[0], schedules[0], recompute=recompute),
+        "anneal": Recipe(context, rows * 3 // 2, micro_rows[0], schedules[1], recompute=recompute),
+        "long": Recipe(long_context, long_rows, micro_rows[1], schedules[2], 1e6, recompute),
     }
 
 
 def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, recompute=False):
     """v3's stages: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved.
 
-    contexts: of general, market and reasoning; of extend; of long and mtp. rows: of the same. The report names the stages and the
+    contexts: of general, market and reasoning; of extend; of long and mtp. rows, micro_rows: of the same. The report names the stages and the
     contexts 8K and 32K -> 128K; rates follow v2's proportions, and the MTP block learns in every second step of the last.
     """
     fixed = Schedule(0, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2, mtp_every=0)
@@ -78,20 +81,20 @@ def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, rec
     }  # fmt: skip
     shapes = [0, 0, 0, 1, 2, 2]
     return {
-        stage: Recipe(contexts[i], rows[i], min(micro_rows, rows[i]), schedule._replace(steps=n), (1e4, 1e6, 1e7)[i], recompute)
+        stage: Recipe(contexts[i], rows[i], micro_rows[i], schedule._replace(steps=n), (1e4, 1e6, 1e7)[i], recompute)
         for (stage, schedule), n, i in zip(schedules.items(), steps, shapes, strict=True)
     }
 
 
 RECIPES = {
-    "tiny": _recipes(256, 1024, 8, 12, (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "tiny_v3": _recipes_v3((256, 512, 1024), (8, 5, 3), 8, (250, 80, 40, 20, 20, 40), (25, 15), 3e-3, 0.99),
-    "small": _recipes(4096, 32768, 256, 4, (20_000, 6000, 400), (600, 200), 6e-4, 24),
+    "tiny": _recipes(256, 1024, 8, (12, 3), (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
+    "tiny_v3": _recipes_v3((256, 512, 1024), (8, 5, 3), (8, 5, 3), (250, 80, 40, 20, 20, 40), (25, 15), 3e-3, 0.99),
+    "small": _recipes(4096, 32768, 256, (4, 1), (20_000, 6000, 400), (600, 200), 6e-4, 24),
     # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
-    "v2_30b": _recipes(4096, 32768, 5760, 1, (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160, recompute=True),
+    "v2_30b": _recipes(4096, 32768, 5760, (6, 3), (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160, recompute=True),
     # batches that 512 GPUs can share, of 50M and 67M tokens; 8T, 4T, 0.5T, then 74B in each step of the long context and 0.13T
     "v3_245b": _recipes_v3(
-        (8192, 32_768, 131_072), (6144, 2048, 512), 1, (158_946, 79_473, 9_934, 1100, 1100, 2000), (3000, 2000), 3e-4, recompute=True
+        (8192, 32_768, 131_072), (6144, 2048, 512), (2, 1, 1), (158_946, 79_473, 9_934, 1100, 1100, 2000), (3000, 2000), 3e-4, recompute=True
     ),
 }
 

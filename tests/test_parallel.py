@@ -28,7 +28,7 @@ from otpo import otpo_objective
 from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
 from pipeline import build_pipeline
 from reward import Pairs, RewardModel, reward_loss
-from train import Schedule, _train_step, fit, language_model_loss, make_optimizer
+from train import RECIPES, Schedule, _train_step, fit, language_model_loss, make_optimizer
 
 CPU = torch.device("cpu")
 MICRO = dict(n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, expert_dim=16, vocab_size=512, max_seq_len=64)
@@ -424,9 +424,11 @@ def test_tracker_and_formula_agree(name, layout, rows, T):
 
 
 def test_full_sizes_fit_and_what_does_not_gets_advice():
-    for (name, T), gpus in ((("v2_30b", 4096), 64), (("v2_30b", 32768), 64), (("v3_245b", 8192), 512), (("v3_245b", 131_072), 512)):
-        text, rows = plan.LAYOUTS.get((name, T), ("ep=8", 1))
-        assert plan.formula(CONFIGS[name], layout_of(text, gpus, CONFIGS[name]), rows, T)["peak"] < 0.9 * 80e9
+    for name, gpus in (("v2_30b", 64), ("v3_245b", 512)):
+        for recipe in RECIPES[name].values():
+            layout = layout_of(plan.LAYOUTS.get((name, recipe.seq_len), "ep=8"), gpus, CONFIGS[name])
+            assert plan.formula(CONFIGS[name], layout, recipe.micro_rows, recipe.seq_len)["peak"] < 0.9 * 80e9
+            assert recipe.rows % (recipe.micro_rows * layout.dp * layout.ep) % (layout.dp * layout.ep) == 0  # the last micro-step, too
     config = CONFIGS["v3_245b"]
     assert plan.formula(config, layout_of("ep=8", 512, config), 1, 131_072)["peak"] > 80e9
     assert plan.advice(config, 512, 131_072, 1).startswith("--parallel ep=8,cp=")
