@@ -28,7 +28,7 @@ def stage_losses(metrics):
 
 
 def save(figure, path):
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -52,7 +52,7 @@ def plot_losses(metrics, path):
         width = min(25, len(losses))
         axis.plot(steps, losses, color="0.8", linewidth=0.8)
         axis.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), color="tab:blue")
-        axis.set(title=stage, xlabel="step")
+        axis.set(title=stage, xlabel="step", yscale="log")
     axes[0, 0].set_ylabel("loss on targets (nats)")
     save(figure, path)
 
@@ -89,10 +89,10 @@ def plot_needles(found, path):
     figure, axes = plt.subplots(1, len(found), figsize=(1.2 + 3.4 * len(found), 3.2), sharey=True, squeeze=False)
     for axis, (name, result) in zip(axes[0], found.items(), strict=True):
         grid = np.vstack([np.array(result["needles"]).T, result["lines"]])
-        percent_map(axis, grid, result["lengths"], [*(f"{100 * depth:.0f} %" for depth in result["depths"]), "lines"])
+        percent_map(axis, grid, result["lengths"], [*(f"{100 * depth:.0f} %" for depth in result["depths"]), "a line of many"])
         axis.set(title=name, xlabel="tokens")
     axes[0, 0].set_ylabel("depth of the needle")
-    figure.suptitle("parcels found, %")
+    figure.suptitle("needles found, %")
     save(figure, path)
 
 

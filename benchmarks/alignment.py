@@ -112,11 +112,12 @@ def plot(results, path):
     for name, result in results["best of n"].items():
         curve = result if name == "pass@n" else result["best of n"]
         style = {"pass@n": "k:", "reward": "tab:red"}.get(name, "0.6")
+        label = {"pass@n": "pass@n", "reward": "average of the members", "reward/1": "members"}.get(name)
         numbers = [int(n) for n in curve]
-        axis.plot(numbers, [100 * value for value in curve.values()], style, label="average" if name == "reward" else name)
-    axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the best, %", xticks=numbers, xticklabels=numbers)
+        axis.plot(numbers, [100 * value for value in curve.values()], style, label=label)
+    axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the chosen answer, %", xticks=numbers, xticklabels=numbers)
     axis.minorticks_off()
-    axis.legend()
+    axis.legend(loc="center right")
     save(figure, path)
 
 

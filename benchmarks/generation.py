@@ -210,7 +210,9 @@ def plot(results, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for shape, rows in results["concurrency"].items():
         left.plot([int(n) for n in rows], [row["tokens/s"] for row in rows.values()], "o-", label=shape)
-    left.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="tokens/s, prefill included", title="throughput of `tiny`")
+    left.set(xlabel="requests at once", ylabel="tokens/s, prefill included", title="throughput of `tiny`", ylim=(0, None))
+    left.set_xscale("log", base=2)
+    left.set_xticks([int(n) for n in rows], rows)
     left.legend()
     steps = results["length"]
     right.plot([int(at) for at in steps], list(steps.values()), "o-")

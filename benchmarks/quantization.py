@@ -209,7 +209,7 @@ def rare(model, tokenizer):
         wide = [pool[i] for i in oversample(changed, pool, first=NARROW)]
         arms = {"RTN int4": ("rtn", wide), "FP8, naive": ("fp8-naive", wide)}
         for name, method in (("AWQ int4", "awq"), ("FP8, smoothed", "fp8")):
-            arms |= {f"{name}, calibrated without": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
+            arms |= {f"{name}, calibrated without Thai": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
         for name, (method, batches) in arms.items():
             arm = quantize_model(changed, batches, method)
             loss, divergence = damage(reloaded(arm), exact, samples)
@@ -230,7 +230,7 @@ def plot(results, path):
         for name, arm in results["quality"]["arms"].items():
             values = [run["divergence"] for run in arm["runs"]]
             axes[0].errorbar(arm["disk"] / 1e6, statistics.mean(values), (max(values) - min(values)) / 2, fmt="o", capsize=3, label=name)
-        axes[0].set(xlabel="MB on disk", ylabel="divergence from FP32, nats a token", title="quality and size, the trained run")
+        axes[0].set(xlabel="MB on disk (FP32: kept in bf16)", ylabel="divergence from FP32, nats a token", title="quality and size, the trained run")
         axes[0].legend(fontsize=8)
     if "speed" in results:
         rates = results["speed"]["tokens/s"]
@@ -238,15 +238,16 @@ def plot(results, path):
             ratios = [value / rates["FP32"][batch] for batch, value in by_batch.items()]
             axes[1].bar([x + 0.27 * (i - 1) for x in range(len(ratios))], ratios, 0.25, label=name)
         axes[1].set_xticks(range(len(BATCHES)), [f"batch {batch}" for batch in BATCHES])
-        axes[1].set(ylabel="times FP32", title="decoding, random model of 300M")
+        axes[1].set(ylabel="speed, times that of FP32", title="decoding, random model of 300M")
         axes[1].legend(fontsize=8)
     if "rare" in results:
         factor = max(results["rare"], key=int)
         arms = results["rare"][factor]
         for i, side in enumerate(("others", "rare")):
             cost = [arm[side] for arm in arms.values()]
-            axes[2].barh([y + 0.4 * i for y in range(len(cost))], cost, 0.38, label="Thai" if side == "rare" else "seven others")
-        axes[2].set_yticks([y + 0.2 for y in range(len(arms))], arms, fontsize=8)
+            axes[2].plot(cost, range(len(cost)), "os"[i], label="Thai" if side == "rare" else "seven other languages")
+        axes[2].set_yticks(range(len(arms)), arms, fontsize=8)
+        axes[2].grid(alpha=0.4)
         axes[2].set(xscale="log", xlabel="divergence from FP32, nats a token", title=f"{CHANNELS} outlier channels, times {int(factor):,}")
         axes[2].legend(fontsize=8)
     save(figure, path)

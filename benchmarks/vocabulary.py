@@ -108,12 +108,13 @@ def plot(results, path):
     x = range(len(LANGUAGES))
     best = [min(rates[name]["held_out"][lang][0] for name in peers) for lang in LANGUAGES]
     worst = [max(rates[name]["held_out"][lang][0] for name in peers) for lang in LANGUAGES]
-    axis.fill_between(x, best, worst, color="0.88", label=f"{len(peers)} public vocabularies, best to worst")
-    for name, marker in zip(ours, "o^s", strict=True):
-        axis.plot(x, [rates[name]["held_out"][lang][0] for lang in LANGUAGES], marker, label=name)
+    heights = [high - low for high, low in zip(worst, best, strict=True)]
+    axis.bar(x, heights, 0.8, best, color="0.88", label=f"{len(peers)} public vocabularies, best to worst")
+    for name, marker, shift in zip(ours, "o^s", (-0.25, 0, 0.25), strict=True):
+        axis.plot([i + shift for i in x], [rates[name]["held_out"][lang][0] for lang in LANGUAGES], marker, label=name)
     axis.set_xticks(x, LANGUAGES)
     axis.set_ylim(0)
-    axis.set_ylabel("tokens per 100 bytes, held-out text")
+    axis.set_ylabel("tokens per 100 bytes, held-out text (fewer is better)")
     axis.legend(fontsize=8, loc="upper right")
     save(figure, path)
 
