@@ -87,7 +87,7 @@ def load_checkpoint(path, device="cpu", weights=True):
 
 
 def read_manifest(path):
-    """What is small of a folder of shards: config, step, stage, tokenizer_hash, seed, optimizer's settings, checksums of the files."""
+    """The manifest of a folder of shards, all but the tensors: config, step, stage, seed, optimizer's settings, checksums of the files."""
     try:
         with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
             return json.load(file)
@@ -113,7 +113,7 @@ def verify_shards(path, files):
 
 def load_shards(path, device):
     """The whole of a folder of shards, in this process, as `load_checkpoint` returns it."""
-    from torch.distributed import checkpoint as dcp  # a second that who has no shards need not wait
+    from torch.distributed import checkpoint as dcp  # takes a second, which runs without shards need not wait for
 
     state = read_manifest(path)
     verify_shards(path, state["files"].items())
@@ -264,7 +264,7 @@ def main():
     args = cli.parse(__doc__, "run", export=dict(help="folder to write the last stage to, in bf16 and without optimizer"))
     if args.export:
         return export(args.run, args.export)
-    for stage in STAGES:
+    for stage in (*STAGES, "reward", "reward/*", "dpo/*", "otpo/*"):  # members and rounds lie in folders of their own
         for path in checkpoints(args.run, stage):
             state = load_checkpoint(path)
             parameters = sum(t.numel() for t in state["model"].values())

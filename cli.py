@@ -17,7 +17,7 @@ FLAGS = {
     "stage": dict(help="which stage of the script to run"),
     "steps": dict(type=int, default=None, help="optimizer steps (default: the stage's recipe)"),
     "resume": dict(action="store_true", help="go on from the last checkpoint; skip finished stages"),
-    "device": dict(default="auto", help="auto, cpu or cuda"),
+    "device": dict(default="auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one"),
     "parallel": dict(help="layout of the processes torchrun started, as in ep=2,cp=2: pp, dp, cp, ep, tp, vpp; dp takes the rest"),
     "seed": dict(type=int, default=0, help="seed of initialisation, data order and sampling"),
 }
@@ -28,7 +28,8 @@ class InputError(ValueError):
 
 
 def parse(doc, *names, argv=None, **extra):
-    """Parse the shared flags `names`; `extra` maps a flag to add or change to its argparse settings; one with nargs is typed without --."""
+    """Parse the shared flags `names`. `extra` gives argparse settings by flag: they change a shared flag or add a new one; a new one with
+    nargs is positional."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:
         parser.add_argument(f"--{name}", **{**FLAGS[name], **extra.pop(name, {})})
@@ -44,8 +45,6 @@ def pick_device(name):
     """Return the torch.device for `--device` and print it with the reason."""
     import torch
 
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name!r} is not one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU; use --device cpu")
     if name == "auto":

@@ -81,7 +81,8 @@ def config_named(name):
 
 
 class Losses(NamedTuple):
-    """total = lm + alpha aux + beta z + mtp_weight mtp, all scalars; load_LE is each expert's share of assignments.
+    """total = lm + router_scale (alpha aux + beta z) + mtp_scale mtp_weight mtp, all scalars; load_LE is each expert's
+    share of assignments.
 
     nll_BT is each target's own loss in nats, without gradient, 0 where its weight is 0.
     """
@@ -171,7 +172,7 @@ class OneRank:
 
 @functools.cache
 def flex():
-    """flex_attention, compiled where it is used in earnest (uncompiled it holds all scores at once)."""
+    """flex_attention: compiled on a GPU; plain on a CPU, where only tests use it (uncompiled it holds all scores at once)."""
     torch._dynamo.config.recompile_limit = 64  # dtypes, gradients and lengths each need a graph; beyond the limit it runs uncompiled
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 

@@ -1,8 +1,9 @@
 """DPO: preferences trained into the model by a classification loss, offline on pairs or online on its own samples (v2 §4.2).
 
-Of two answers to a prompt the better one shall gain probability against a frozen reference, the worse one lose it. Offline,
-pairs come from a file. Online, each round samples n answers a prompt from the current model, labels them with a reward, and keeps the
-best and the worst: by reward for general prompts, best right against best wrong for prompts with a checkable answer.
+Training makes the better of two answers more probable and the worse one less, measured against a frozen copy of the model, the
+reference. Offline, pairs come from a file. Online, each round samples n answers a prompt from the current model, labels them with a
+reward, and keeps the best and the worst: by reward for general prompts, best right against best wrong for prompts with a checkable
+answer.
 
 Shapes: B pairs, T tokens, V vocabulary. A batch holds 2B rows, the chosen answers first; mask is 1 on the answers' tokens.
 
@@ -28,7 +29,7 @@ from data.tasks import tasks
 from generate import Sampling, generate, split_thought
 from reward import Pairs, load_pairs, load_reward_model, processes_with_whole_rows, rewards
 from sft import chat_of
-from train import Schedule, fit, model_from, precision, ranks_of, stage_schedule
+from train import Schedule, fit_stage, model_from, precision, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 5e-7
 ROUND = Schedule(60, 1e-4, 0.0, 6)  # of each online round
@@ -95,7 +96,7 @@ def select_pair(answers, rewards, correct=None):
 @torch.no_grad()
 def add_reference(pairs, model, rows=32):
     """Give every pair its answers' log-probabilities under the reference, computed once."""
-    ranks, device, N = ranks_of(model), next(model.parameters()).device, len(pairs.rows)
+    ranks, device, N = model.ranks, next(model.parameters()).device, len(pairs.rows)
     rows, reference = min(rows, N) * ranks.count, [None] * N
     for start in tqdm(range(0, N, rows), desc="reference", unit="batch", leave=False, disable=not ranks.writes):
         chosen = [i % N for i in range(start, start + rows)]  # the last batch begins again: every rank has as much to do
@@ -219,14 +220,13 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
         prompts, completions = sample_answers(model, tokenizer, examples, SAMPLES, args.seed + turn)
         pairs = Pairs(*label(tokenizer, examples, prompts, completions, judge, off_policy), model.config.max_seq_len, args.seed)
         add_reference(pairs, reference)
-        fit(
-            model, pairs.batch, objective, planned, run=args.run, stage=name, tokenizer_hash=tokenizer.hash, seed=args.seed,
-            resume=args.resume, watch=alarm,
-        )  # fmt: skip
+        fit_stage(model, pairs.batch, objective, planned, name, args, tokenizer, alarm)
 
 
-def tune(stage, objective, args):
-    """Train one preference stage from the run's last sft stage."""
+def tune(stage, objective, args, off_policy=False):
+    """Train one preference stage from the run's last sft stage: on pairs, or with --rounds on the run's own answers (`online`)."""
+    if args.rounds > 0:
+        return online(stage, objective, args, off_policy)
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
     schedule = stage_schedule(stage, args, SCHEDULE)
     if schedule is None:
@@ -234,10 +234,7 @@ def tune(stage, objective, args):
     model = model_from(state, args.run, ranks, device)
     pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed)
     add_reference(pairs, model)
-    fit(
-        model, pairs.batch, objective, schedule, run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed,
-        resume=args.resume, watch=alarm,
-    )  # fmt: skip
+    fit_stage(model, pairs.batch, objective, schedule, stage, args, tokenizer, alarm)
     if ranks is not None:
         torch.distributed.destroy_process_group()
 
@@ -249,8 +246,7 @@ def main():
         beta=dict(type=float, default=BETA, help="strength of the pull towards the reference"),
         rounds=dict(type=int, default=0, help="rounds of sampling and training on the run's own answers (0: offline, on pairs)"),
     )  # fmt: skip
-    run = online if args.rounds > 0 else tune
-    run("dpo", dpo_objective(args.beta), args)
+    tune("dpo", dpo_objective(args.beta), args)
 
 
 if __name__ == "__main__":

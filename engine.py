@@ -26,7 +26,7 @@ import torch
 import cli
 from kvcache import KVCache
 
-PREFILL_TOKENS = 8192  # tokens prefilled at once, padding included: bounds the activations
+PREFILL_TOKENS = 8192  # tokens prefilled at once, padding included, unless one prompt alone is longer: bounds the activations
 DRAWN_AT_ONCE = 256  # random numbers a request draws at once
 
 
@@ -93,7 +93,7 @@ def draw(probs_BK, ids_BK, u_B1):
 
 @dataclass(eq=False)
 class Request:
-    """One answer wanted, and what has come of it. `error` says why it was refused; `done` that nothing more will come."""
+    """One requested answer and its progress. error: why it was refused or broken off; done: no more tokens will come."""
 
     prompt: tuple
     sampling: Sampling
@@ -178,7 +178,7 @@ class Engine:
 
     def _fault(self, request, name):
         if not 0 < len(request.prompt) < self.slots:
-            return f"{name} has {len(request.prompt)} tokens; the context holds 1 to {self.slots - 1} before an answer"
+            return f"{name} has {len(request.prompt)} tokens; 1 to {self.slots - 1} leave room for an answer here"
         if not all(isinstance(i, int) and 0 <= i < self.tokenizer.n_vocab for i in request.prompt):
             return f"{name} holds a token id outside the vocabulary 0..{self.tokenizer.n_vocab - 1}"
         if not all(isinstance(stop, str) and stop for stop in request.stops):
@@ -209,7 +209,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Let waiting requests in, run one step of all rows; whether anything is left to do."""
+        """Let waiting requests in and run one step of all rows; return whether anything is left to do."""
         self._admit()
         if not self.live:
             return False

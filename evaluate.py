@@ -178,14 +178,12 @@ def best_of_samples(model, tokenizer, tasks, n, seed=0):
     """{"mean@1", "majority@n", "pass@n"} over n answers sampled for each task, thinking where it can."""
     prompts = [tokenizer.encode_chat(task["messages"], thinking="think" in task)[0] for task in tasks]
     texts = [completion.text for completion in generate(model, tokenizer, prompts, Sampling(temperature=1.0, max_tokens=96, seed=seed), n)]
-    mean, majority, passed = [], [], []
+    figures = []
     for i, task in enumerate(tasks):
         answers = [split_thought(text)[1] for text in texts[i * n : (i + 1) * n]]
         right = [SCORERS[task["scorer"]](answer, task["answer"]) for answer in answers]
-        mean.append(np.mean(right))
-        majority.append(right[answers.index(Counter(answers).most_common(1)[0][0])])
-        passed.append(any(right))
-    return {"mean@1": float(np.mean(mean)), f"majority@{n}": float(np.mean(majority)), f"pass@{n}": float(np.mean(passed))}
+        figures.append((np.mean(right), right[answers.index(Counter(answers).most_common(1)[0][0])], any(right)))
+    return dict(zip(("mean@1", f"majority@{n}", f"pass@{n}"), np.mean(figures, axis=0).tolist(), strict=True))
 
 
 def interval(hits, n, z=1.96):

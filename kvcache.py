@@ -54,7 +54,7 @@ class KVCache:
         self.v[:, row, :, :length] = source.v[:, source_row, :, :length]
 
     def advance(self, positions_BT):
-        """Say where the next tokens go. Each will see the slots up to its own, so neither padding nor leftovers are ever seen."""
+        """Choose the slots of the next tokens. Each will see the slots up to its own, so neither padding nor leftovers are ever seen."""
         B, T = positions_BT.shape
         self.slots_BT = positions_BT - self.first_B.unsqueeze(1)
         self.used = int(self.slots_BT.max()) + 1

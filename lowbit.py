@@ -17,10 +17,10 @@ from torch import nn
 import cli
 from cli import InputError
 from compass import Compass, CompassConfig
-from kernels import dequantise_rows, fp8_grouped_matmul, int4_grouped_matmul, quantise_rows, unpack_int4
+from kernels import dequantize_int4, fp8_grouped_matmul, int4_grouped_matmul, quantise_rows, unpack_int4
 from moe import MoE
 
-UNPACK = 64  # rows of one matrix from which dequantising it is cheaper than torch's int4 product on a CPU
+UNPACK = 64  # above so many rows of one matrix, dequantising it is cheaper than torch's int4 product on a CPU
 
 
 def round_up_to_bf16(positive):
@@ -47,11 +47,6 @@ def quantize_int4(weight, group_size, clip=1.0):
     return q[..., 0::2] | q[..., 1::2] << 4, scales, zeros
 
 
-def dequantize_int4(qweight, scales, zeros):
-    """(q - zero) * scale, (..., out, in), in the scales' dtype."""
-    return dequantise_rows(qweight, scales, zeros)
-
-
 def quantize_fp8(weight):
     """weight (..., out, in) -> (e4m3 (..., out, in), fp32 scale (..., out)), each output's largest weight at e4m3's 448.
 
@@ -67,37 +62,41 @@ def dequantize_fp8(weight_fp8, scale):
     return weight_fp8.float() * scale.unsqueeze(-1)
 
 
-def scaled_rows(x_RD, input_scale, counts_E):
-    """Each expert's rows times its input scale (E, D) in x's dtype; None scales nothing."""
-    if input_scale is None:
-        return x_RD
-    if len(input_scale) > 1:
-        input_scale = input_scale.repeat_interleave(counts_E, 0, output_size=len(x_RD))
-    return x_RD * input_scale.to(x_RD.dtype)
-
-
-def grouped(x, counts_E):
-    """(rows (R, D), counts_E): x itself flattened, and all rows for the one matrix where no counts are given."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows, torch.full((1,), len(rows), device=x.device) if counts_E is None else counts_E
-
-
 def bf16_product(x_RD, weight_FD):
     """x times weight transposed, both bf16; for one row torch.mv, which reads the weight twice as fast on a CPU."""
     return (weight_FD @ x_RD[0])[None] if len(x_RD) == 1 else x_RD @ weight_FD.T
 
 
-class Int4Linear(nn.Module):
-    """E int4 matrices, W4A16: qweight (E, F, D/2) uint8, scales (E, F, J) bf16, zeros (E, F, J) uint8, input_scale (E, D) bf16 or None.
+class LowBitLinear(nn.Module):
+    """E quantized matrices. forward: x (R, D) sorted by expert with counts_E -> (R, F); without counts, where E is 1, any (..., D).
 
-    forward: x (R, D) sorted by expert with counts_E -> (R, F); without counts, where E is 1, any (..., D). On a GPU it is
-    kernels.int4_grouped_matmul; on a CPU its eager twin, or after `pack` torch's int4 product in bf16, which reads half a byte a weight.
+    input_scale (E, D) bf16 multiplies each expert's rows first; None scales nothing.
+    """
+
+    def __init__(self, input_scale, **tensors):
+        super().__init__()
+        for name, tensor in (*tensors.items(), ("input_scale", input_scale)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x, counts_E=None):
+        rows, scale = x.reshape(-1, x.shape[-1]), self.input_scale
+        if counts_E is None:  # all rows are the one matrix's
+            counts_E = torch.full((1,), len(rows), device=x.device)
+        if scale is not None:
+            scale = scale.repeat_interleave(counts_E, 0, output_size=len(rows)) if len(scale) > 1 else scale
+            rows = rows * scale.to(x.dtype)
+        return self.multiply(rows, counts_E).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Int4Linear(LowBitLinear):
+    """int4 matrices, W4A16: qweight (E, F, D/2) uint8, scales (E, F, J) bf16, zeros (E, F, J) uint8.
+
+    On a GPU kernels.int4_grouped_matmul; on a CPU its eager twin, or after `pack` torch's int4 product in bf16, which reads half
+    a byte a weight.
     """
 
     def __init__(self, qweight, scales, zeros, input_scale=None):
-        super().__init__()
-        for name, tensor in (("qweight", qweight), ("scales", scales), ("zeros", zeros), ("input_scale", input_scale)):
-            self.register_buffer(name, tensor)
+        super().__init__(input_scale, qweight=qweight, scales=scales, zeros=zeros)
         self.packed = None
 
     def pack(self):
@@ -115,55 +114,44 @@ class Int4Linear(nn.Module):
 
     def _multiply_packed(self, x_ND, e):
         if len(x_ND) > UNPACK:
-            return bf16_product(x_ND, dequantise_rows(self.qweight[e], self.scales[e], self.zeros[e]))
+            return bf16_product(x_ND, dequantize_int4(self.qweight[e], self.scales[e], self.zeros[e]))
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_ND, self.packed[e][0], self.group, self.packed[e][1])
 
-    def forward(self, x, counts_E=None):
-        rows, counts_E = grouped(x, counts_E)
-        rows = scaled_rows(rows, self.input_scale, counts_E)
+    def multiply(self, rows, counts_E):
         if self.packed is None:
-            y = int4_grouped_matmul(rows, self.qweight, self.scales, self.zeros, counts_E)
-        else:
-            parts = enumerate(rows.bfloat16().split(counts_E.tolist()))
-            y = torch.cat([self._multiply_packed(x_ND, e) for e, x_ND in parts if len(x_ND)]).to(x.dtype)
-        return y.unflatten(0, x.shape[:-1])
+            return int4_grouped_matmul(rows, self.qweight, self.scales, self.zeros, counts_E)
+        parts = enumerate(rows.bfloat16().split(counts_E.tolist()))
+        return torch.cat([self._multiply_packed(x_ND, e) for e, x_ND in parts if len(x_ND)])
 
 
-class FP8Linear(nn.Module):
-    """E e4m3 matrices, W8A8. Tensors: weight_fp8 (E, F, D), weight_scale (E, F) fp32, input_scale (E, D) bf16 or None.
+class FP8Linear(LowBitLinear):
+    """e4m3 matrices, W8A8: weight_fp8 (E, F, D), weight_scale (E, F) fp32.
 
-    forward as Int4Linear's: kernels.fp8_grouped_matmul on a GPU, its eager twin on a CPU. `pack` widens the weights to bf16, which holds
-    every e4m3 number, so the products stay those of fp8 and only the sums are rounded to bf16: CPUs have no fp8 instruction.
+    kernels.fp8_grouped_matmul on a GPU, its eager twin on a CPU. `pack` widens the weights to bf16, which holds every e4m3 number, so
+    the products stay those of fp8 and only the sums are rounded to bf16: CPUs have no fp8 instruction.
     """
 
     def __init__(self, weight_fp8, weight_scale, input_scale=None):
-        super().__init__()
-        for name, tensor in (("weight_fp8", weight_fp8), ("weight_scale", weight_scale), ("input_scale", input_scale)):
-            self.register_buffer(name, tensor)
+        super().__init__(input_scale, weight_fp8=weight_fp8, weight_scale=weight_scale)
 
     def pack(self):
         self.weight_fp8 = self.weight_fp8.bfloat16()
 
-    def forward(self, x, counts_E=None):
-        rows, counts_E = grouped(x, counts_E)
-        rows = scaled_rows(rows, self.input_scale, counts_E)
+    def multiply(self, rows, counts_E):
         if self.weight_fp8.dtype == torch.float8_e4m3fn:
-            y = fp8_grouped_matmul(rows, self.weight_fp8, self.weight_scale, counts_E)
-        else:
-            x_fp8_RD, scale_R = quantise_rows(rows)
-            parts = enumerate(x_fp8_RD.bfloat16().split(counts_E.tolist()))
-            y = torch.cat([bf16_product(x_ND, self.weight_fp8[e]) * self.weight_scale[e] for e, x_ND in parts if len(x_ND)])
-            y = (y * scale_R.unsqueeze(-1)).to(x.dtype)
-        return y.unflatten(0, x.shape[:-1])
+            return fp8_grouped_matmul(rows, self.weight_fp8, self.weight_scale, counts_E)
+        x_fp8_RD, scale_R = quantise_rows(rows)
+        parts = enumerate(x_fp8_RD.bfloat16().split(counts_E.tolist()))
+        y = torch.cat([bf16_product(x_ND, self.weight_fp8[e]) * self.weight_scale[e] for e, x_ND in parts if len(x_ND)])
+        return y * scale_R.unsqueeze(-1)
 
 
 class QuantizedMoE(MoE):
-    """The MoE layer with its router and shared experts, and quantized matrices in place of the routed experts' two tensors."""
+    """The MoE layer with its router and shared experts; gate_up and down, a LowBitLinear each, replace the routed experts' tensors."""
 
-    def __init__(self, moe, gate_up, down):
+    def __init__(self, moe):
         nn.Module.__init__(self)
         self.top_k, self.n_experts, self.router, self.shared = moe.top_k, moe.n_experts, moe.router, moe.shared
-        self.gate_up, self.down = gate_up, down
 
     def all_are_read(self, N):
         return False  # quantized products take rows sorted by expert
@@ -191,10 +179,9 @@ def with_quantized(config, weights, tensors):
     with torch.device("meta"):
         model = Compass(config)
     for block in model.blocks:
-        block.feed_forward = QuantizedMoE(block.feed_forward, None, None)
+        block.feed_forward = QuantizedMoE(block.feed_forward)
     for name, module in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, module)
+        model.set_submodule(name, module)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if wrong := shapes.keys() ^ tensors.keys():
         raise InputError(f"quantized checkpoint: tensor {min(wrong)} is missing or foreign")
@@ -232,7 +219,7 @@ def load_quantized(state, device="cpu"):
 def pack(model):
     """Bring every quantized matrix into the form that is fastest on a CPU."""
     for module in model.modules():
-        if isinstance(module, (Int4Linear, FP8Linear)):
+        if isinstance(module, LowBitLinear):
             module.pack()
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import cli
 from kernels import count_assignments, permute, unpermute
 
-FEW = 32  # rows a matrix is multiplied with in about the time that reading it takes
+FEW = 32  # up to so many rows, a matrix product takes about as long as reading the matrix
 
 
 def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
@@ -91,8 +91,8 @@ class MoE(nn.Module):
         gate_ENF, up_ENF = (x_ND @ self.gate_up_ED2F).chunk(2, dim=-1)
         weights_NE = torch.zeros(len(x_ND), self.n_experts, dtype=weights_NK.dtype, device=x_ND.device).scatter_(1, index_NK, weights_NK)
         h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
-        h_ND = h_ENF.transpose(0, 1).flatten(1).to(self.down_EFD.dtype)  # all experts' hidden units beside each other
-        return (h_ND @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
+        h_NEF = h_ENF.transpose(0, 1).flatten(1).to(self.down_EFD.dtype)  # (N, E*F): all experts' hidden units beside each other
+        return (h_NEF @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
 
     def all_are_read(self, N):
         """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough

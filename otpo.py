@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import cli
 from cli import InputError
-from dpo import BETA, online, preference_metrics, token_logprobs, tune
+from dpo import BETA, preference_metrics, token_logprobs, tune
 
 
 def contraction(reg, reg_marginal):
@@ -86,7 +86,8 @@ def distances(x_BTD, y_BSD):
 
 
 def answers_first(hidden_BTD, mask_BT):
-    """The answer tokens of every row at its front: (hidden_BAD, 0 behind the answer, mask_BA, places_BA in the row), A the longest's."""
+    """Every row's answer tokens moved to its front, A the longest answer's length: (hidden_BAD, 0 after the answer; mask_BA; places_BA,
+    where each token stood)."""
     places_BA = mask_BT.argsort(dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(1).max())]
     mask_BA = mask_BT.gather(1, places_BA)
     hidden_BAD = hidden_BTD.gather(1, places_BA.unsqueeze(2).expand(-1, -1, hidden_BTD.shape[2]))
@@ -157,11 +158,7 @@ def main():
         weights=dict(default="transport", choices=("transport", "uniform", "ones"), help="token weights; the last two are ablations"),
         rounds=dict(type=int, default=0, help="rounds on mixed pairs: reference answers against own wrong ones (0: offline)"),
     )  # fmt: skip
-    objective = otpo_objective(args.beta, args.weights)
-    if args.rounds > 0:
-        online("otpo", objective, args, off_policy=True)
-    else:
-        tune("otpo", objective, args)
+    tune("otpo", otpo_objective(args.beta, args.weights), args, off_policy=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from cli import InputError
 from compass import Compass, attend, document_mask, init_parameter
 from kernels import move_rows, sort_by_expert
 from moe import MoE, grouped_swiglu
+from pipeline import Pipeline
 
 
 class Layout(NamedTuple):
@@ -56,11 +57,11 @@ class Layout(NamedTuple):
 
 
 def layout_of(text, world, config):
-    """Parse `--parallel` ("ep=2,cp=2"); dp takes what is left of the world. Raises InputError where a number cannot be."""
+    """Parse `--parallel` ("ep=2,cp=2"); dp takes what is left of the world. Raises InputError for a size that does not fit."""
     sizes = {}
     for part in filter(None, (text or "").split(",")):
         axis, _, size = part.partition("=")
-        if axis not in Layout._fields or not size.isdigit() or int(size) < 1:
+        if axis not in Layout._fields or not size.isdecimal() or int(size) < 1:
             raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp, vpp with a number, as in ep=2,cp=2")
         sizes[axis] = int(size)
     rest = math.prod(size for axis, size in sizes.items() if axis not in ("dp", "vpp"))
@@ -226,19 +227,13 @@ def split_width(block, mesh):
         parallelize_module(shared, mesh, {"gate_up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-def blocks_of(model):
-    """Its blocks, those of multi-token prediction too."""
-    blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks  # a stage's, or all
-    return [*blocks, *(mtp.block for mtp in model.mtp)]
-
-
 def parts_of(model):
     """The stages of a pipeline on this rank, or the model itself."""
     return getattr(model, "stages", [model])
 
 
 def fsdp_dim(p):
-    """FSDP shards rows; where tp or ep have the rows already, it shards the other dimension of the model's width."""
+    """The dimension FSDP shards: rows (0), or columns (1) where tp or ep have split the rows already."""
     return Shard(1) if isinstance(p, DTensor) and p.placements[0] == Shard(0) else Shard(0)
 
 
@@ -253,7 +248,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
     half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     model.ranks = ranks
-    for block in blocks_of(model):
+    blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks  # a stage's, or all
+    for block in (*blocks, *(mtp.block for mtp in model.mtp)):
         routed = isinstance(block.feed_forward, MoE)
         if layout.cp > 1:
             block.attention.attend = functools.partial(attend_in_context, mesh["cp"].get_group())
@@ -298,7 +294,8 @@ def packed_orders(model):
 def start(text, config, device_name):
     """Join the processes that torchrun started: (this rank's device, Ranks). The first rank speaks for all."""
     if "WORLD_SIZE" not in os.environ:
-        raise InputError(f"--parallel {text} needs several processes: torchrun --nproc-per-node N -- train.py --parallel {text}")
+        script = os.path.basename(sys.argv[0])
+        raise InputError(f"--parallel {text} needs several processes: torchrun --nproc-per-node N -- {script} --parallel {text}")
     layout = layout_of(text, int(os.environ["WORLD_SIZE"]), config)
     if os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")
@@ -312,10 +309,11 @@ def start(text, config, device_name):
 
 
 def build(config, ranks, device, recompute):
-    """A parallelized Compass with empty weights; a whole one never exists."""
+    """This rank's part of a model, parallelized, with empty weights: all layers, or pipeline stages. A whole model never exists."""
     with torch.device("meta"):
-        model = Compass(config)
-    parallelize(model, ranks, recompute=recompute, dtype=torch.bfloat16 if device.type == "cuda" else None)
+        model = Pipeline(config, ranks) if ranks.layout.pp > 1 else Compass(config)
+    for part in parts_of(model):
+        parallelize(part, ranks, recompute=recompute, dtype=torch.bfloat16 if device.type == "cuda" else None)
     return model.to_empty(device=device)
 
 

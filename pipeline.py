@@ -2,8 +2,8 @@
 
 Each rank of the pp axis holds one run of layers (vpp runs, interleaved); the first also the embedding, the last the norm, the
 head and the MTP blocks. These need embeddings of later tokens: they travel beside the hidden state, so that no parameter lives
-twice. A stage's aux and z losses never travel: a function that passes the hidden state through puts their gradient in on the way
-back. All other axes work inside the stages as in parallel.py, and the sums equal those of a single process.
+twice. The aux and z losses are not sent on: `_Inject` hands the hidden state through unchanged and, in the backward pass, starts
+the backward of these losses. All other axes work inside the stages as in parallel.py, and the sums equal those of a single process.
 
 Shapes: B rows, T tokens, D model width, N tokens, L layers, E experts.
 
@@ -19,7 +19,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from cli import InputError
 from compass import Compass, Losses, rope_table
-from parallel import parallelize
 
 
 class _Inject(torch.autograd.Function):
@@ -102,15 +101,17 @@ class Pipeline(nn.Module):
         everywhere[self.ranks.index] = rows
         dist.all_reduce(everywhere, dist.ReduceOp.MAX)
         everywhere = everywhere.tolist()
-        count = next((n for n in range(max(least, self.ranks.layout.pp), rows + 1) if not any(r % n for r in everywhere)), None)
+        pp, interleaved = self.ranks.layout.pp, len(self.stages) > 1  # torch interleaves n micro-batches in n // pp equal rounds
+        fits = (n for n in range(max(least, pp), rows + 1) if not any(r % n for r in everywhere) and not (interleaved and n % (n // pp)))
+        count = next(fits, None)
         if count is None:
             raise InputError(
-                f"the dp x ep ranks have {everywhere} rows a step, which do not make {max(least, self.ranks.layout.pp)} or more "
+                f"the dp x ep ranks have {everywhere} rows a step, which do not make {max(least, pp)} or more "
                 "micro-batches of one shape, as many on each: take rows that the ranks and stages divide"
             )
-        B = rows // count
+        B, dtype = rows // count, torch.bfloat16 if device.type == "cuda" else torch.float32  # of what travels
         width = self.config.dim * (1 + (self.config.mtp_depth if self.mtp_scale else 0))
-        h_BTD = torch.empty(B, T // self.ranks.layout.cp, width, device="meta", dtype=self.dtype, requires_grad=True)
+        h_BTD = torch.empty(B, T // self.ranks.layout.cp, width, device="meta", dtype=dtype, requires_grad=True)
         tokens, loss = torch.empty(B, T, dtype=torch.int64, device="meta"), torch.empty((), device="meta", requires_grad=True)
         stages = [
             PipelineStage(stage, i, self.count, device, input_args=tokens if stage.first else h_BTD,
@@ -148,14 +149,3 @@ class Pipeline(nn.Module):
         self.losses = Losses(*(sums[name] for name in ("loss", "lm", "aux", "z", "mtp", "load", "nll")))
         loss, metrics = loss_fn(self, batch)
         return loss * share, {name: value * share for name, value in metrics.items()}
-
-
-def build_pipeline(config, ranks, device, recompute):
-    """This rank's stages, parallelized, with empty weights; see parallel.build."""
-    dtype = torch.bfloat16 if device.type == "cuda" else None
-    with torch.device("meta"):
-        pipeline = Pipeline(config, ranks)
-    pipeline.dtype = dtype or torch.float32  # of what travels
-    for stage in pipeline.stages:
-        parallelize(stage, ranks, recompute=recompute, dtype=dtype)
-    return pipeline.to_empty(device=device)

@@ -55,9 +55,6 @@ def traffic(collective, size, ranks, peers_in_node):
 class Accountant(TorchDispatchMode):
     """Counts what passes: FLOPs, and bytes received by (collective, link)."""
 
-    KINDS = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce",
-             "all_reduce": "all_reduce", "all_to_all": "all_to_all"}  # fmt: skip
-
     def __init__(self):
         super().__init__()
         self.flops, self.bytes = 0, collections.Counter()
@@ -81,7 +78,8 @@ class Accountant(TorchDispatchMode):
         return out
 
     def _note(self, name, args, out):
-        kind = next(kind for start, kind in self.KINDS.items() if name.strip("_").startswith(start))
+        kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")  # c10d writes some of them without the underscores
+        kind = next(kind for kind in kinds if name.replace("_", "").startswith(kind.replace("_", "")))
         handles = [a for a in args if isinstance(a, torch.ScriptObject)]
         group = dist.ProcessGroup.unbox(handles[0]) if handles else dist.distributed_c10d._resolve_process_group(args[-1])
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]

@@ -37,6 +37,7 @@ from data import reader
 from data.tasks import training
 from kernels import quantise_rows
 from lowbit import FP8Linear, Int4Linear, dequantize_fp8, dequantize_int4, quantize_fp8, quantize_int4, with_quantized
+from sft import chat_of
 from tokenizer import Tokenizer
 
 METHODS = ("awq", "rtn", "fp8", "fp8-naive")
@@ -153,31 +154,29 @@ def quantize_layer(block, inputs, index_NK, method, group, generator):
         """ROWS of the rows, at random."""
         return rows[torch.randperm(len(rows), generator=generator)[:ROWS].to(rows.device)]
 
-    def note(name, found, tokens, used):
-        part, _, expert = name.partition(" ")
-        errors = {"alpha": found.alpha, "before": found.before, "after": found.after}
-        report.append({"matrix": part, "expert": expert or None, "tokens": tokens, "calibrated_on": used, **errors})
+    def note(expert, tokens, used, **found):
+        for matrix, f in found.items():
+            errors = {"alpha": f.alpha, "before": f.before, "after": f.after}
+            report.append({"matrix": matrix, "expert": expert, "tokens": tokens, "calibrated_on": used, **errors})
 
     for name, linear in (("qkv", block.attention.qkv), ("out", block.attention.out)):
         x_ND = some(inputs[name])
         found = quantize_matrix(linear.weight, x_ND, method, group)
         weights[f"attention.{name}"] = stack([found])
-        note(name, found, len(inputs[name]), len(x_ND))
+        note(None, len(inputs[name]), len(x_ND), **{name: found})
     x_ND, pairs = inputs["feed_forward"], []
     for e, (gate_up_D2F, down_FD) in enumerate(zip(moe.gate_up_ED2F, moe.down_EFD, strict=True)):
         routed_N = (index_NK == e).any(1)
         own, others = some(x_ND[routed_N]), some(x_ND[~routed_N])
         chosen = torch.cat((own, others[: max(0, MINIMUM - len(own))]))
         pairs.append(quantize_swiglu(gate_up_D2F.float().T, down_FD.float().T, chosen.float(), method, group))
-        for name, found in zip(("gate_up", "down"), pairs[-1], strict=True):
-            note(f"{name} {e}", found, int(routed_N.sum()), len(chosen))
+        note(str(e), int(routed_N.sum()), len(chosen), gate_up=pairs[-1][0], down=pairs[-1][1])
     weights["feed_forward.gate_up"], weights["feed_forward.down"] = stack([p[0] for p in pairs]), stack([p[1] for p in pairs], folded=True)
     if moe.shared is not None:
         chosen = some(x_ND)
         pair = quantize_swiglu(moe.shared.gate_up.weight.float(), moe.shared.down.weight.float(), chosen.float(), method, group)
         weights["feed_forward.shared.gate_up"], weights["feed_forward.shared.down"] = stack(pair[:1]), stack(pair[1:], folded=True)
-        for name, found in zip(("gate_up", "down"), pair, strict=True):
-            note(f"{name} shared", found, len(x_ND), len(chosen))
+        note("shared", len(x_ND), len(chosen), gate_up=pair[0], down=pair[1])
     return weights, report
 
 
@@ -217,8 +216,8 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
 
 @torch.no_grad()
 def oversample(model, pool, first=FIRST, minimum=MINIMUM):
-    """Indices of the batches (B, T) of `pool` to calibrate on (v3): the first ones, then, one by one, what brings experts most of the
-    tokens that they lack to `minimum`, for as long as the pool brings any."""
+    """Indices of the batches (B, T) of `pool` to calibrate on (v3): the first ones; then, one at a time, the batch with the most tokens
+    for experts that have seen fewer than `minimum`, until all have enough or no batch helps."""
     device, E = model.embedding.weight.device, model.config.n_experts
     counts_PLE = torch.stack(
         [torch.stack([torch.bincount(i.flatten(), minlength=E) for _, i in model.hidden(batch.to(device))[1]]).cpu() for batch in pool]
@@ -248,10 +247,7 @@ def calibration_pool(tokenizer, data, context, seed, n=POOL):
     if data is None:
         tasks = training(seed, -(-n // 16))
         random.Random(seed).shuffle(tasks)
-        chats = []
-        for task in tasks[: n // 2]:
-            answer = {"role": "assistant", "content": task["answer"], "think": task.get("think")}
-            chats.append(tokenizer.encode_chat([*task["messages"], answer], thinking="think" in task)[0])
+        chats = [tokenizer.encode_chat(chat_of(task, "think" in task), "think" in task)[0] for task in tasks[: n // 2]]
         ids = [sample for pair in zip(ids[: n // 2], chats, strict=False) for sample in pair]
     return [torch.tensor([sample[:context]]) for sample in ids if len(sample) > 1]
 
@@ -263,7 +259,7 @@ def report_table(report):
         part = first["expert"] or "attention"
         part = f"expert {part}" if part.isdecimal() else part
         cells = [f"{m['matrix']:8} {m['alpha']:.2f}  {100 * m['before']:6.2f} -> {100 * m['after']:6.2f} %" for m in (first, second)]
-        few = " (few: lent tokens of other experts)" if first["tokens"] < MINIMUM else ""
+        few = " (few: lent tokens of other experts)" if part.startswith("expert") and first["tokens"] < MINIMUM else ""
         lines.append(f"{first['layer']:5} {part:10} {first['tokens']:7}   {cells[0]:44} {cells[1]}{few}")
     return "\n".join(lines)
 

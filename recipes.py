@@ -50,10 +50,8 @@ class Recipe(NamedTuple):
 
 
 def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95, recompute=False):
-    """general, anneal, long in the report's proportions: rates 1 -> 0.1, 0.5 -> 0.1, 0.1; batches 1, 1.5, 0.375 rows.
-
-    micro_rows: of context, of long_context.
-    """
+    """general, anneal, long: rates 1 -> 0.1, 0.5 -> 0.1, 0.1 of the peak; batches of rows, 1.5 rows and long_rows (the report's: 0.375
+    rows). micro_rows: of context, of long_context."""
     general, anneal, long = steps
     schedules = (
         Schedule(general, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2),
@@ -70,8 +68,8 @@ def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_
 def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, recompute=False):
     """v3's stages: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved.
 
-    contexts: of general, market and reasoning; of extend; of long and mtp. rows, micro_rows: of the same. The report names the stages and the
-    contexts 8K and 32K -> 128K; rates follow v2's proportions, and the MTP block learns in every second step of the last.
+    contexts: of general, market and reasoning; of extend; of long and mtp. rows, micro_rows: of the same. The report names the stages
+    and the contexts 8K and 32K -> 128K; rates follow v2's proportions, and the MTP block learns in every second step of the last.
     """
     fixed = Schedule(0, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2, mtp_every=0)
     schedules = {
@@ -94,8 +92,9 @@ RECIPES = {
     "v2_30b": _recipes(4096, 32768, 5760, (6, 3), (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160, recompute=True),
     # batches that 512 GPUs can share, of 50M and 67M tokens; 8T, 4T, 0.5T, then 74B in each step of the long context and 0.13T
     "v3_245b": _recipes_v3(
-        (8192, 32_768, 131_072), (6144, 2048, 512), (2, 1, 1), (158_946, 79_473, 9_934, 1100, 1100, 2000), (3000, 2000), 3e-4, recompute=True
-    ),
+        (8192, 32_768, 131_072), (6144, 2048, 512), (2, 1, 1), (158_946, 79_473, 9_934, 1100, 1100, 2000), (3000, 2000), 3e-4,
+        recompute=True,
+    ),  # fmt: skip
 }
 
 

@@ -38,10 +38,7 @@ def tensors_of(model, optimizer):
 
 
 def save_shards(path, model, optimizer, *, step, planned=0, stage, tokenizer_hash="", seed=0):
-    """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file.
-
-    Any number of ranks in any layout can load it, and so can a single process (checkpoint.load_checkpoint).
-    """
+    """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file."""
     orders, temporary = packed_orders(model), path + ".tmp"
     tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
     if dist.get_rank() == 0:
@@ -81,10 +78,13 @@ def names_of(model):
 
 @torch.no_grad()
 def restore(path, model, optimizer=None):
-    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its small part."""
+    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its dict, a
+    folder's manifest only."""
     orders, tensors = packed_orders(model), tensors_of(model, optimizer)
     if not os.path.isdir(path):
         state = load_checkpoint(path)
+        if optimizer is not None and state["optimizer"] is None:
+            raise InputError(f"{path} holds weights only, as exports do: it cannot be resumed, only built on")
         whole = {f"model.{name}": x for name, x in state["model"].items()}
         names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
         for i, name in enumerate(names if optimizer is not None else ()):

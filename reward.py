@@ -24,7 +24,7 @@ from compass import Compass, CompassConfig
 from data.preferences import preferences
 from data.reader import message_faults, read_jsonl
 from tokenizer import Tokenizer
-from train import Schedule, finished, fit, model_from, precision, processes
+from train import Schedule, fit_stage, model_from, precision, processes, stage_schedule
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
 # not which four of the eight
@@ -241,14 +241,10 @@ def main():
     stages = [f"reward/{member}" for member in range(1, len(MEMBERS) + 1)]
     for stage, (epochs, peak, shape) in zip(stages, MEMBERS, strict=True):
         steps = args.steps or epochs * math.ceil(len(pairs.rows) / PAIRS)
-        if args.resume and finished(args.run, stage, steps):
-            print(f"{stage}: already finished")
-            continue
-        fit(
-            RewardModel(model_from(state, args.run, ranks, device), args.seed).to(device), pairs.batch, reward_loss,
-            Schedule(steps, peak, 0.0, steps // 20, shape=shape), run=args.run, stage=stage, tokenizer_hash=tokenizer.hash,
-            seed=args.seed, resume=args.resume,
-        )  # fmt: skip
+        schedule = stage_schedule(stage, args, Schedule(steps, peak, 0.0, steps // 20, shape=shape))
+        if schedule is not None:
+            model = RewardModel(model_from(state, args.run, ranks, device), args.seed).to(device)
+            fit_stage(model, pairs.batch, reward_loss, schedule, stage, args, tokenizer)
     if ranks is not None:
         torch.distributed.destroy_process_group()
         print(f"{len(stages)} members trained; python reward.py --run {args.run} --resume, in one process, averages and compares them")

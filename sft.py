@@ -1,10 +1,10 @@
 """Supervised fine-tuning in two stages, with packing and hybrid thinking (v2 §3.2; v3 for the mixed loss).
 
-sft1 teaches general instructions with direct answers; sft2 adds chains of thought between <think> and
-</think>, switched on by a system prompt, beside resampled direct ones. A long training has a stage of drills between them
+sft1 teaches direct answers to what needs no thought; sft2 adds chains of thought between <think> and
+</think>, switched on by a system prompt, beside resampled direct answers. A long training has a stage of drills between them
 (`--stage drills`, see data/tasks.py): comparing and choosing, which a mixture does not teach. Conversations are packed by
-best-fit decreasing into rows of the context; each sees only itself. Only answers are trained on; v3's mixed loss
-trains on the whole conversation where it is about e-commerce (`--full e-commerce`).
+best-fit decreasing into rows of 256 tokens (wider if one conversation is longer); each sees only itself. Only answers are trained on;
+v3's mixed loss trains on the whole conversation where it is about e-commerce (`--full e-commerce`).
 
     python sft.py                 # laptop: both stages on top of runs/demo
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
@@ -26,7 +26,7 @@ from data.scorers import SCORERS
 from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
-from train import Schedule, assemble, fit, logged, losses_of, model_from, processes, stage_schedule
+from train import Schedule, assemble, fit_stage, logged, losses_of, model_from, processes, stage_schedule
 
 # stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
@@ -134,9 +134,9 @@ def chat_of(task, thinking):
 
 
 def curriculum(stage, examples, seed):
-    """[(task, thinking), …] of a stage: sft1 answers directly what needs no thought; sft2 adds reasoning with its
-    thought, down-sampled to a third: twice as many of everything, direct, keep what sft1 learnt and teach the switch. Where
-    nothing has a thought, sft2 goes over everything once more."""
+    """[(task, thinking), …] of a stage. sft1 (and drills) answers directly what needs no thought. sft2 takes every task that has a
+    thought, with it, and for each of them two tasks drawn from all, answered directly: they keep what sft1 learnt and teach the
+    switch. Where nothing has a thought, sft2 goes over everything once more."""
     reasoning = [task for task in examples if "think" in task]
     if stage != "sft2":
         if reasoning:
@@ -161,11 +161,8 @@ def pass_rates(model, tokenizer, examples, n=8, seed=0):
 
 def decontaminated(examples, test):
     """The examples that are no near-duplicate (data/dedup.py) of a test task."""
-
-    def prompt(task):
-        return "\n".join(message["content"] for message in task["messages"])
-
-    clusters = near_duplicates(np.stack([signature(prompt(task)) for task in [*test, *examples]]))
+    prompts = ("\n".join(message["content"] for message in task["messages"]) for task in [*test, *examples])
+    clusters = near_duplicates(np.stack([signature(prompt) for prompt in prompts]))
     seen = {clusters.find(i) for i in range(len(test))}
     return [task for i, task in enumerate(examples, len(test)) if clusters.find(i) not in seen]
 
@@ -173,9 +170,9 @@ def decontaminated(examples, test):
 class Chats:
     """Encoded conversations; `batch(step)` is a pure function of (seed, step).
 
-    packed: rows of a fixed capacity, filled by `pack`; where a conversation is longer than CAPACITY the rows are as wide as it, and
-    fewer. Otherwise one conversation a row, batches of like length, padded to
-    the longest (Distributed Dynamic Padding). full: the domains ("e-commerce", "general") whose prompts are trained on too.
+    packed: rows of CAPACITY tokens, filled by `pack`; if one conversation is longer, all rows are as wide as the longest and a step has
+    fewer of them. Otherwise one conversation a row, in batches of like length, padded to the longest (Distributed Dynamic Padding).
+    full: the domains ("e-commerce", "general") whose prompts are trained on too.
     """
 
     def __init__(self, chats, tokenizer, context, seed, full=(), packed=True):
@@ -273,10 +270,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     chats = Chats(
         curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed"
     )  # fmt: skip
-    fit(
-        model, chats.batch, sft_loss, schedule,
-        run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
-    )  # fmt: skip
+    fit_stage(model, chats.batch, sft_loss, schedule, stage, args, tokenizer)
 
 
 def main():
@@ -290,10 +284,8 @@ def main():
     )  # fmt: skip
     stages = ["sft1", "sft2"] if args.stage == "all" else [args.stage]
 
-    def inherited_config():
-        return CompassConfig(**load_latest(args.run, stage_before(stages[0], args.run), weights=False)["config"])
-
-    device, ranks = processes(args, inherited_config)
+    before = stage_before(stages[0], args.run)
+    device, ranks = processes(args, lambda: CompassConfig(**load_latest(args.run, before, weights=False)["config"]))
     tokenizer = Tokenizer.load(args.run)
     torch.manual_seed(args.seed)
     for stage in stages:

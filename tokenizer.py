@@ -10,7 +10,6 @@ encoding runs at tiktoken's speed; training is ours and is written below.
 """
 
 import base64
-import binascii
 import gc
 import hashlib
 import heapq
@@ -218,10 +217,10 @@ class Tokenizer:
                 try:
                     token, rank = line.split()
                     ranks[base64.b64decode(token, validate=True)] = int(rank)
-                except (ValueError, binascii.Error):
+                except ValueError:  # of split, int or base64
                     raise InputError(f"{file}:{number}: not a rank line: {line[:60]!r}") from None
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-            raise InputError(f"{file}: ranks are not 0..{len(ranks) - 1} without gaps (a torn file?)")
+            raise InputError(f"{file}: {len(ranks)} ranks; need at least 256 and no gaps from 0 on (a torn file?)")
         with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as lines:
             settings = json.load(lines)
         return cls(ranks, settings["pattern"], settings["special_tokens"])
@@ -246,15 +245,16 @@ class Tokenizer:
         Raises InputError on an unknown role or a message without text.
         """
         messages = list(messages)
+        for i, message in enumerate(messages):
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise InputError(f"message {i}: need a role ({', '.join(ROLES)}) and text, got {message!r}")
         if thinking:
             system = messages.pop(0)["content"] + "\n" if messages and messages[0]["role"] == "system" else ""
             messages.insert(0, {"role": "system", "content": system + THINK_PROMPT})
         ids, mask = [], []
         for i, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES or not isinstance(content, str):
-                raise InputError(f"message {i}: need a role ({', '.join(ROLES)}) and text, got {message!r}")
-            body = self.encode(" " + content) + [self.special["<|end|>"]]
+            role = message["role"]
+            body = self.encode(" " + message["content"]) + [self.special["<|end|>"]]
             if role == "assistant" and thinking and i == len(messages) - 1 and message.get("think"):
                 thought = self.encode(" " + message["think"])
                 body = [self.special["<think>"], *thought, self.special["</think>"], *body]
@@ -271,7 +271,7 @@ class Tokenizer:
 def train(documents, vocab_size, split=SPLIT):
     """Train the three sub-tokenizers on dicts with "text" and "lang" and merge them; return a Tokenizer.
 
-    Text of no stated language goes to the main part. A part without text is skipped aloud.
+    Text of no stated language goes to the main part. A part without text is skipped, and a line says so.
     """
     budget = vocab_size - len(SPECIAL_TOKENS)
     texts = defaultdict(list)

@@ -12,7 +12,7 @@ a target does not count), doc_ids (-1 is padding), positions (restart in each do
     torchrun --nproc-per-node 8 -- train.py --config small --data shards --run runs/small --parallel ep=8   # a node: see parallel.py
 """
 
-import dataclasses
+import contextlib
 import itertools
 import json
 import math
@@ -35,7 +35,7 @@ from checkpoint import (
     save_checkpoint,
 )  # fmt: skip
 from cli import InputError
-from compass import Compass, CompassConfig, OneRank, config_named
+from compass import Compass, CompassConfig, config_named
 from data import reader
 from data.shards import Shards, is_shards
 from recipes import RECIPES, lr_at
@@ -43,7 +43,6 @@ from recipes import Schedule as Schedule  # sft, dpo and others take it from her
 from tokenizer import Tokenizer
 
 BETA1, WEIGHT_DECAY, CLIP = 0.9, 0.1, 1.0
-ONE_RANK = OneRank()
 MAX_BAD_STEPS = 10  # non-finite steps in a row before giving up
 
 
@@ -152,30 +151,21 @@ def make_optimizer(model, beta2=0.95):
     return torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, beta2), fused=True)
 
 
-class _Stop:
-    """Remembers SIGTERM so that the step in progress can end and be saved."""
-
-    def __enter__(self):
-        self.asked = False
-        self.previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.previous)
-
-
-def ranks_of(model):
-    """The model's place among other ranks (parallel.Ranks), or the single process's."""
-    return getattr(model, "ranks", ONE_RANK)
+@contextlib.contextmanager
+def _sigterm():
+    """A list that SIGTERM adds to, so that the step in progress can end and be saved."""
+    asked = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
     """One optimizer step on this rank's micro-batches. Micro-losses are weighed by their share of the global weight: one
     denominator over all micro-batches of all ranks."""
-    ranks = ranks_of(model)
+    ranks = model.ranks
     weights = [batch["weights"].sum().item() for batch in micro_batches]
     total = ranks.sum(torch.tensor(sum(weights), dtype=torch.float64, device=device)).item()
     if total <= 0:
@@ -199,7 +189,7 @@ def _train_step(model, optimizer, micro_batches, loss_fn, lr, device):
 
 def precision(model, device):
     """bf16 products on a GPU; where many ranks share a model, FSDP gathers its weights in bf16 and nothing is to be cast."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and not ranks_of(model).several)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" and not model.ranks.several)
 
 
 def _accumulate(model, micro_batches, shares, loss_fn, device):
@@ -225,21 +215,23 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
     every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
-    ranks, device, optimizer, start = ranks_of(model), next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
+    ranks, device, optimizer, start = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
     if ranks.several:
-        import resharding  # a second of imports that a single process need not wait
-    if resume and checkpoints(run, stage) and ranks.several:
-        start = resharding.restore_latest(run, stage, model, optimizer)["step"]
+        import resharding  # takes a second, which a single process need not wait for
+    if checkpoints(run, stage):
+        if not resume:
+            raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
+        if ranks.several:
+            start = resharding.restore_latest(run, stage, model, optimizer)["step"]
+        else:
+            state = load_latest(run, stage)
+            if state["optimizer"] is None:
+                raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+            del state
         print(f"{stage}: resumed at step {start}")
-    elif resume and checkpoints(run, stage):
-        state = load_latest(run, stage)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        del state
-        print(f"{stage}: resumed at step {start}")
-    elif checkpoints(run, stage):
-        raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
     if ranks.writes:
         rewind_metrics(run, stage, start)
 
@@ -255,7 +247,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1,
                disable=not ranks.writes)  # fmt: skip
     log_path = os.path.join(run, "metrics.jsonl") if ranks.writes else os.devnull
-    with _Stop() as stop, open(log_path, "a", encoding="utf-8") as log, bar:
+    with _sigterm() as asked, open(log_path, "a", encoding="utf-8") as log, bar:
         for step in bar:
             began = time.perf_counter()
             model.mtp_scale = float(schedule.mtp_every > 0 and step % max(1, schedule.mtp_every) == 0)
@@ -293,7 +285,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             if bad == MAX_BAD_STEPS:
                 raise InputError(f"{stage}: {bad} non-finite steps in a row, the last at step {step} (batch {step} of seed {seed})")
             done = step + 1
-            stopping = ranks.agree(stop.asked)
+            stopping = ranks.agree(bool(asked))
             if done % save_every == 0 or done == schedule.steps or stopping:
                 save(done)
             if stopping:
@@ -302,27 +294,20 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     return model
 
 
-def finished(run, stage, steps):
-    """Whether the stage's last intact checkpoint is its final step."""
-    return bool(checkpoints(run, stage)) and load_latest(run, stage, weights=False)["step"] >= steps
+def fit_stage(model, batches, loss_fn, schedule, stage, args, tokenizer, watch=None):
+    """`fit` with run, seed and resume as the flags say."""
+    given = dict(run=args.run, seed=args.seed, resume=args.resume, watch=watch)
+    return fit(model, batches, loss_fn, schedule, stage=stage, tokenizer_hash=tokenizer.hash, **given)
 
 
 def stage_schedule(stage, args, schedule):
-    """The schedule under --steps; None where --resume finds the stage finished, which is said aloud."""
+    """The schedule under --steps; None where --resume finds the last intact checkpoint at its final step, which is said aloud."""
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if args.resume and finished(args.run, stage, schedule.steps):
+    if args.resume and checkpoints(args.run, stage) and load_latest(args.run, stage, weights=False)["step"] >= schedule.steps:
         print(f"{stage}: already finished")
         return None
     return schedule
-
-
-def empty_part(config, ranks, device, recompute):
-    """This rank's part of a model, without weights: pipeline stages, or all layers."""
-    from parallel import build
-    from pipeline import build_pipeline
-
-    return (build_pipeline if ranks.layout.pp > 1 else build)(config, ranks, device, recompute)
 
 
 def first_model(config, ranks, device, args, recipe):
@@ -330,9 +315,9 @@ def first_model(config, ranks, device, args, recipe):
     if ranks is None:
         with device:
             return Compass(config)
-    from parallel import initialise
+    from parallel import build, initialise
 
-    return initialise(empty_part(config, ranks, device, recipe.recompute), args.seed)
+    return initialise(build(config, ranks, device, recipe.recompute), args.seed)
 
 
 def processes(args, config_of):
@@ -349,8 +334,9 @@ def model_from(state, run, ranks, device, recompute=False, **changes):
     if ranks is None:
         return load_model(state, device, **changes)
     import resharding
+    from parallel import build
 
-    model = empty_part(CompassConfig(**{**state["config"], **changes}), ranks, device, recompute)
+    model = build(CompassConfig(**{**state["config"], **changes}), ranks, device, recompute)
     resharding.restore_latest(run, state["stage"], model)
     return model
 
@@ -360,16 +346,14 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     stages = list(RECIPES[args.config])
     if stage not in stages:
         raise InputError(f"--stage {stage} is not one of {', '.join(stages)} of --config {args.config}")
+    recipe, config = RECIPES[args.config][stage], config_named(args.config)
     before = stages[stages.index(stage) - 1] if stage != stages[0] else None
     if before is None:
-        config = dataclasses.replace(config_named(args.config))
-        recipe = RECIPES[args.config][stage]
         if tokenizer.n_vocab > config.vocab_size:
             raise InputError(f"the tokenizer has {tokenizer.n_vocab} tokens, config {args.config} only {config.vocab_size}")
     else:
         state = load_latest(args.run, before, weights=ranks is None)
         inherit(state, tokenizer, to_train=True)
-        recipe = RECIPES[args.config][stage]
     schedule = stage_schedule(stage, args, recipe.schedule)
     if schedule is None:
         return
@@ -388,10 +372,8 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         f"{stage}: {len(rows.lengths):,} documents, {rows.total:,} tokens; {schedule.steps} steps of "
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
     )
-    fit(
-        model, rows.batches(recipe.rows, recipe.micro_rows * ranks_of(model).count), language_model_loss, schedule,
-        run=args.run, stage=stage, tokenizer_hash=tokenizer.hash, seed=args.seed, resume=args.resume,
-    )  # fmt: skip
+    batches = rows.batches(recipe.rows, recipe.micro_rows * model.ranks.count)
+    fit_stage(model, batches, language_model_loss, schedule, stage, args, tokenizer)
 
 
 def main():

@@ -230,7 +230,7 @@ def plot(results, path):
         for name, arm in results["quality"]["arms"].items():
             values = [run["divergence"] for run in arm["runs"]]
             axes[0].errorbar(arm["disk"] / 1e6, statistics.mean(values), (max(values) - min(values)) / 2, fmt="o", capsize=3, label=name)
-        axes[0].set(xlabel="MB on disk (FP32: kept in bf16)", ylabel="divergence from FP32, nats a token", title="quality and size, the trained run")
+        axes[0].set(xlabel="MB on disk (FP32: as bf16)", ylabel="divergence from FP32, nats a token", title="quality and size")
         axes[0].legend(fontsize=8)
     if "speed" in results:
         rates = results["speed"]["tokens/s"]

@@ -21,12 +21,12 @@ import resharding
 import reward
 import sft
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
+from cli import InputError
 from compass import CONFIGS, Compass, count_parameters
 from data import market
 from dpo import add_reference, dpo_objective
 from otpo import otpo_objective
 from parallel import Layout, Ranks, initialise, layout_of, packed_orders, parallelize, whole_of
-from pipeline import build_pipeline
 from reward import Pairs, RewardModel, reward_loss
 from train import RECIPES, Schedule, _train_step, fit, language_model_loss, make_optimizer
 
@@ -116,7 +116,7 @@ def fresh(name):
 
 @torch.no_grad()
 def stages_of(name, ranks, recompute=False):
-    model, weights = build_pipeline(MODELS[name], ranks, CPU, recompute), fresh(name).state_dict()
+    model, weights = parallel.build(MODELS[name], ranks, CPU, recompute), fresh(name).state_dict()
     for key, p in model.named_parameters():
         p.copy_(parallel.sharded_like(weights[key], p, packed_orders(model).get(key)))
     return model
@@ -180,9 +180,10 @@ def two_ranks(folder):
         for name in ("two", "stages"):
             shutil.copytree(f"{folder}/calm", f"{folder}/{name}")
     dist.barrier()
-    train(build_pipeline(MODELS["tiny"], Ranks(Layout(pp=2), "cpu"), CPU, False), f"{folder}/stages", 6, resume=True)
+    train(parallel.build(MODELS["tiny"], Ranks(Layout(pp=2), "cpu"), CPU, False), f"{folder}/stages", 6, resume=True)
     torch.save(whole(train(parallelize(fresh("tiny"), Ranks(Layout(ep=2), "cpu")), f"{folder}/two", 6, resume=True)), f"{folder}/two.pt")
     torch.save(full_disk(folder), f"{folder}/full{dist.get_rank()}.pt")
+    torch.save(rows_that_do_not_fit(), f"{folder}/rows.pt")
     seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(Layout(**{axis: 2}), "cpu"), CPU, False), 7)) for axis in ("ep", "tp")]
     torch.save(seeded, f"{folder}/seeded.pt")
 
@@ -197,6 +198,16 @@ def full_disk(folder):
         resharding.save_shards(f"{folder}/full/general/step_1.pt", model, make_optimizer(model), step=1, stage="general")
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return str(caught.value), checkpoints(f"{folder}/full", "general")
+
+
+def rows_that_do_not_fit():
+    """What a pipeline says to too few rows, and interleaved stages to five, which torch cannot run in equal rounds."""
+    messages = []
+    for layout, rows in ((Layout(pp=2), 1), (Layout(pp=2, vpp=2), 5)):
+        with pytest.raises(InputError) as caught:
+            stages_of("deep_v3", Ranks(layout, "cpu")).schedule(rows, 32, 1, CPU)
+        messages.append(str(caught.value))
+    return messages
 
 
 def layouts(world, folder):
@@ -315,6 +326,11 @@ def test_a_full_disk_leaves_no_checkpoint_behind(folder):
         assert "step_1.pt: could not be written" in message and "earlier checkpoints are intact" in message and left == []
 
 
+def test_rows_that_make_no_micro_batches_are_named(folder):
+    few, five = torch.load(f"{folder}/rows.pt")
+    assert "have [1] rows a step" in few and "have [5] rows a step" in five and "micro-batches of one shape" in five
+
+
 def test_a_non_finite_gradient_of_one_rank_skips_the_step_on_all(folder):
     entries = read_metrics(f"{folder}/sick")
     assert [entry["step"] for entry in entries if "skipped" in entry] == [1] and len(entries) == 3
@@ -341,8 +357,6 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     result = script(*torchrun, "sft.py", "--run", run, "--data", tasks, "--stage", "sft1", "--steps", "2", "--parallel", "pp=2")
     assert result.returncode == 0 and result.stdout.count("inherited from long step 2") == 1, result.stderr
     assert os.path.isdir(run / "sft1" / "step_2.pt") and curve(run)[-1][0] == 1
-    result = script("checkpoint.py", "--run", run)
-    assert result.stdout.count("intact, 2.68M") == 4 and "newest stage: sft1" in result.stdout and not result.stderr, result.stderr
     pairs = tmp_path / "pairs.jsonl"
     pair = {"messages": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
     pairs.write_text("\n".join([json.dumps(pair)] * 9))
@@ -354,6 +368,8 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     assert os.path.isfile(run / "reward" / "step_1.pt")
     result = script(*torchrun, "otpo.py", *preferences, "--parallel", "tp=2")
     assert result.returncode == 0 and curve(run)[-1] == (0, pytest.approx(0.693, abs=1e-3)), result.stderr
+    result = script("checkpoint.py", "--run", run)  # four stages and otpo in shards, the reward models' members too; their average
+    assert result.stdout.count("intact, 2.68M") == 10 and "newest stage: otpo" in result.stdout and not result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("axis", ["pp", "cp"])
@@ -374,6 +390,7 @@ def test_preferences_need_whole_rows(axis, micro_model, micro_tokenizer, tmp_pat
     [
         ("ep=2,xp=2", 4, "'xp=2' is not one of pp, dp, cp, ep, tp"),
         ("ep=two", 4, "'ep=two' is not one of"),
+        ("ep=²", 4, "'ep=²' is not one of"),
         ("ep=4", 6, "ep=4 does not make 6 processes"),
         ("dp=2,ep=2", 8, "dp=2 x ep=2 does not make 8 processes"),
         ("ep=3", 3, "ep=3 must divide n_experts, which is 16"),
@@ -390,6 +407,12 @@ def test_parallel_without_torchrun_says_how_to_start(script, tmp_path):
     result = script("train.py", "--run", tmp_path, "--parallel", "ep=2")
     assert result.returncode == 2 and "torchrun --nproc-per-node N -- train.py --parallel ep=2" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_way_to_start_names_the_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/sft.py"])
+    with pytest.raises(InputError, match="torchrun --nproc-per-node N -- sft.py --parallel ep=2"):
+        parallel.start("ep=2", CONFIGS["tiny"], "cpu")
 
 
 def test_one_row_of_the_plan_by_hand():

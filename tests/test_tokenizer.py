@@ -123,6 +123,15 @@ def test_chat_mask_marks_what_the_assistant_says(tokenizer):
     assert mask == [0] + [1] * (len(ids) - 1)
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("message", [{"role": "system"}, {"role": "tool", "content": "x"}, {"role": "user", "content": None}])
+def test_a_message_without_role_or_text_is_named(tokenizer, message, thinking):
+    with pytest.raises(ValueError, match="message 1: need a role"):
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}, message], thinking=thinking)
+    with pytest.raises(ValueError, match="message 0: need a role"):
+        tokenizer.encode_chat([message], thinking=thinking)
+
+
 def test_save_load_and_torn_files(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(str(tmp_path))

@@ -112,6 +112,12 @@ def test_a_second_run_never_overwrites(micro_config, rows, tmp_path):
     assert len(checkpoints(tmp_path, "general")) == checkpoint.KEEP
 
 
+def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
+    save_checkpoint(str(tmp_path / "general" / "step_3.pt"), micro_model, step=3, stage="general")
+    with pytest.raises(ValueError, match="general holds weights only"):
+        train(micro_config, rows, tmp_path, steps=None, resume=True)
+
+
 def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys):
     straight = train(micro_config, rows, tmp_path, steps=None)
     newest, older = checkpoints(tmp_path, "general")
