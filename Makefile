@@ -1,4 +1,4 @@
-# make demo: the whole chain on the embedded marketplace. make test: every test. make pretrained: a longer training, like the checkpoint that ships.
+# make demo: the whole chain on the embedded marketplace. make test: every test. make pretrained: the longer training of the checkpoint that ships.
 # make bench: the short benchmarks, then every table and plot of RESULTS.md (20 minutes on two cores). make bench-full: all benchmarks,
 # the demo first (four hours); DATA=folder of real text, PEERS=folder of public tokenizers for those that need them.
 # Each makes its own environment.

@@ -15,6 +15,8 @@ import numpy as np
 
 from checkpoint import STAGES, write_atomically
 
+plt.rcParams["figure.constrained_layout.use"] = True
+
 
 def stage_losses(metrics):
     """{stage: mean lm loss of its last 50 steps}, {stage: median tokens per second}."""
@@ -28,7 +30,6 @@ def stage_losses(metrics):
 
 
 def save(figure, path):
-    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
