@@ -3,7 +3,7 @@
 The stages of a run that was tuned with drills answer new conversations of each kind, in the words of the training world; a
 conversation's earlier answers are given. An answer is right where each of its tokens is the likeliest one.
 
-    bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after an hour or more
+    bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after an hour and a quarter
 """
 
 import json

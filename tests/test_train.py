@@ -15,10 +15,11 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+import resharding
 from checkpoint import checkpoints, inherit, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from compass import Compass
 from data import market, reader
-from train import RECIPES, Schedule, Tokenised, TokenRows, fit, language_model_loss, lr_at
+from train import RECIPES, Schedule, Tokenised, TokenRows, fit, language_model_loss, lr_at, make_optimizer
 
 
 @pytest.fixture
@@ -116,6 +117,8 @@ def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
     save_checkpoint(str(tmp_path / "general" / "step_3.pt"), micro_model, step=3, stage="general")
     with pytest.raises(ValueError, match="general holds weights only"):
         train(micro_config, rows, tmp_path, steps=None, resume=True)
+    with pytest.raises(ValueError, match="step_3.pt holds weights only"):  # as many ranks would read it
+        resharding.restore(checkpoints(tmp_path, "general")[0], micro_model, make_optimizer(micro_model))
 
 
 def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys):
