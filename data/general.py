@@ -106,11 +106,17 @@ def creative(lang, rng, split):
     return {"messages": alone(question), "answer": lex["slogan_line"].format(**words), "scorer": "covers"}
 
 
+def function_question(formula, name, lang, rng, split):
+    """(question, answer): a Python function of two numbers."""
+    question = ask(lang, rng, split, "function", function=name, formula=lexicon(lang)["formulas"][formula])
+    return question, f"def {name}(a, b): return {formula}"
+
+
 def coding(lang, rng, split):
     """A Python function of two numbers; scored by what it computes."""
     formula, name = rng.choice(list(lexicon(lang)["formulas"])), draw_name(FUNCTIONS, rng, split)
-    question = ask(lang, rng, split, "function", function=name, formula=lexicon(lang)["formulas"][formula])
-    return {"messages": alone(question), "answer": f"def {name}(a, b): return {formula}", "scorer": "code"}
+    question, answer = function_question(formula, name, lang, rng, split)
+    return {"messages": alone(question), "answer": answer, "scorer": "code"}
 
 
 def function_call(lang, rng, split):
@@ -173,23 +179,35 @@ def role_play(lang, rng, split):
     return {"messages": [{"role": "system", "content": system}, *messages], "answer": f"{product.words(lang)[kind]} - {persona}"}
 
 
-def platform(lang, rng, split):
-    """A shop's rules: is a return still possible, is shipping free, what is to be paid with a voucher."""
-    lex, kind = lexicon(lang), rng.choice(("return", "shipping", "voucher"))
+def shop_rules(lang, rng, split):
+    """(days for a return, order from which shipping is free, what a voucher takes off, the text that says so)."""
     limit, threshold, off = rng.choice((7, 10, 14, 15, 30)), rng.randint(3, 9) * 10, rng.randint(2, 9)
-    text = phrase(lex["rules"][split], rng).format(limit=limit, threshold=money(threshold, lang), off=money(off, lang))
-    if kind == "voucher":
-        amount = rng.randint(11, 99)
-        question = ask(lang, rng, split, kind, amount=money(amount, lang))
-        thought = lex["thoughts"]["voucher"].format(steps=f"{amount} - {off} = {amount - off}")
-        return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": thought}
+    text = phrase(lexicon(lang)["rules"][split], rng).format(limit=limit, threshold=money(threshold, lang), off=money(off, lang))
+    return limit, threshold, off, text
+
+
+def allowed_question(kind, limit, threshold, lang, rng, split):
+    """(question, yes or no): is a return still possible, or is shipping free?"""
     if kind == "return":
         days = rng.randint(1, 2 * limit)
         question, yes = ask(lang, rng, split, kind, days=days), days <= limit
     else:
         amount = rng.randint(11, 2 * threshold)
         question, yes = ask(lang, rng, split, kind, amount=money(amount, lang)), amount >= threshold
-    return {"messages": about(text, question), "answer": lex[YES_NO[not yes]], "choices": [lex[word] for word in YES_NO]}
+    return question, lexicon(lang)[YES_NO[not yes]]
+
+
+def platform(lang, rng, split):
+    """A shop's rules: is a return still possible, is shipping free, what is to be paid with a voucher."""
+    lex, kind = lexicon(lang), rng.choice(("return", "shipping", "voucher"))
+    limit, threshold, off, text = shop_rules(lang, rng, split)
+    if kind == "voucher":
+        amount = rng.randint(11, 99)
+        question = ask(lang, rng, split, kind, amount=money(amount, lang))
+        thought = lex["thoughts"]["voucher"].format(steps=f"{amount} - {off} = {amount - off}")
+        return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": thought}
+    question, answer = allowed_question(kind, limit, threshold, lang, rng, split)
+    return {"messages": about(text, question), "answer": answer, "choices": [lex[word] for word in YES_NO]}
 
 
 TASKS = {

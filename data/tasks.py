@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import keyword
 import math
 import os
 import random
@@ -245,6 +246,40 @@ def echo(lang, rng, split, turns=3):
     return drill([(f"» {text}", text) for text in (words() for _ in range(turns))])
 
 
+def heard(lang, rng):
+    """Words of the training world in any order: of a page and of questions."""
+    asked = [market.phrase(question["train"], rng) for question in rng.sample(list(lexicon(lang)["questions"].values()), 3)]
+    words = " ".join([page(draw_product(rng, "train"), lang, rng, "train"), *asked]).split()
+    rng.shuffle(words)
+    return [word for word in words if "{" not in word]
+
+
+def recital(lang, rng, split, turns=3):
+    """Words that have a meaning, to be said again without it, made-up ones among them."""
+
+    def words():
+        mixed = [word if rng.random() < 0.7 else market.made_up(rng) for word in heard(rng.choice((lang, "en")), rng)]
+        return " ".join(word.capitalize() if rng.random() < 0.3 else word for word in mixed[: rng.randint(2, 8)])
+
+    return drill([(f"» {text}", text) for text in (words() for _ in range(turns))])
+
+
+def functions(lang, rng, split, turns=5):
+    """Small Python functions with ordinary words for names: the name is copied, not one of a list."""
+    formulas, known = list(lexicon(lang)["formulas"]), []
+    while len(known) < turns:
+        words = (word.strip(".,:?").lower() for word in heard("en", rng))
+        known += [w for w in words if len(w) > 2 and w.isidentifier() and not keyword.iskeyword(w) and w not in general.FUNCTIONS["test"]]
+    return drill([general.function_question(rng.choice(formulas), name, lang, rng, split) for name in known[:turns]])
+
+
+def rules(lang, rng, split, turns=6):
+    """A shop's rules and many questions: is a return still possible, is shipping free?"""
+    limit, threshold, _, text = general.shop_rules(lang, rng, split)
+    asked = [rng.choice(("return", "shipping")) for _ in range(turns)]
+    return chat(text, [general.allowed_question(kind, limit, threshold, lang, rng, split) for kind in asked])
+
+
 def word_pairs(lang, rng, split, turns=8):
     """Two colours or two product types a question: are they the same?"""
     lex, pairs = lexicon(lang), []
@@ -303,6 +338,9 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "ledger": ledger,
     "echo": echo,
+    "recital": recital,
+    "functions": functions,
+    "rules": rules,
     "word_pairs": word_pairs,
     "number_pairs": number_pairs,
     "shelf": shelf,
@@ -320,9 +358,10 @@ FIRST = {
 }  # fmt: skip
 LATER = {**FIRST, "page": 10, "listing": 4, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5}
 # a long training has a stage of nothing else between the two, and does not forget it in sft2
-DRILLS = {"echo": 6, "word_pairs": 24, "number_pairs": 16, "fitting": 16, "sameness": 14, "listing": 24}
+DRILLS = {"recital": 6, "functions": 2, "word_pairs": 18, "number_pairs": 10, "fitting": 32, "sameness": 18, "rules": 4, "listing": 10}
 AFTER_DRILLS = {
-    **LATER, "listing": 10, "echo": 5, "word_pairs": 2, "number_pairs": 4, "fitting": 6, "sameness": 8, "shelf": 8, "recommendation": 2,
+    **LATER, "listing": 8, "echo": 2, "recital": 4, "functions": 2, "coding": 3, "word_pairs": 2, "number_pairs": 3,
+    "fitting": 9, "sameness": 9, "rules": 4, "shelf": 8, "recommendation": 3,
 }  # fmt: skip
 
 

@@ -198,9 +198,10 @@ def test_drills_are_answered_by_their_texts(lang):
     """What is to be said again is said again; each colour of a shop window leads to the one product that has it."""
     for i in range(20):
         rng = random.Random(f"{lang}-{i}")
-        echo, listing = (CONVERSATIONS[name](lang, rng, "train") for name in ("echo", "listing"))
-        said = [*(m["content"] for m in echo["messages"]), echo["answer"]]
-        assert said[::2] == [f"» {text}" for text in said[1::2]] and len(said) == 6
+        *copies, listing = (CONVERSATIONS[name](lang, rng, "train") for name in ("echo", "recital", "listing"))
+        for copy in copies:
+            said = [*(m["content"] for m in copy["messages"]), copy["answer"]]
+            assert said[::2] == [f"» {text}" for text in said[1::2]] and len(said) == 6
         said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
         lines = said[0].split("\n\n")[0].split("\n- ")[1:]
         assert sorted(said[1::2]) == sorted(next(name for name in said[1::2] if line.startswith(f"{name} ")) for line in lines)
@@ -219,6 +220,27 @@ def test_drills_are_answered_by_their_texts(lang):
         said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
         for colour, name in zip(said[2::2], said[3::2], strict=True):
             assert [line.startswith(f"{name} ") for line in lines] == [colour in line.replace(name, "") for line in lines]
+
+
+@pytest.mark.parametrize("lang", market.LANGUAGES)
+def test_drills_name_functions_by_ordinary_words_and_keep_the_rules_of_a_shop(lang):
+    lex, names = market.lexicon(lang), set()
+    for i in range(20):
+        functions, rules = (CONVERSATIONS[name](lang, random.Random(f"{lang}-{i}"), "train") for name in ("functions", "rules"))
+        limit, threshold, _, text = general.shop_rules(lang, random.Random(f"{lang}-{i}"), "train")
+        said = [*(m["content"] for m in functions["messages"]), functions["answer"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            name, formula = re.fullmatch(r"def (\w+)\(a, b\): return (.+)", answer).groups()
+            assert name in question and lex["formulas"][formula] in question and SCORERS["code"](answer, answer)
+            names.add(name)
+        said = [*(m["content"] for m in rules["messages"]), rules["answer"]]
+        shown, first = said[0].rsplit("\n\n", 1)
+        assert shown == text
+        for question, answer in zip([first, *said[2::2]], said[1::2], strict=True):
+            number = int(re.sub(r"\D", "", re.search(r"\d[\d.,]*", question)[0]))
+            is_money = re.sub(r"[\d\s]", "", market.money(0, lang)) in question
+            assert answer == lex["yes" if (number >= threshold * lex["scale"] if is_money else number <= limit) else "no"]
+    assert len(names) > 40 and not names & set(general.FUNCTIONS["test"])
 
 
 @pytest.mark.parametrize("lang", market.LANGUAGES)
