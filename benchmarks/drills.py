@@ -22,7 +22,7 @@ from generate import load_for_inference
 from report import table
 from train import assemble
 
-KINDS = ("echo", "word_pairs", "number_pairs", "fitting", "sameness", "listing", "shelf")
+KINDS = ("echo", "recital", "functions", "rules", "word_pairs", "number_pairs", "fitting", "sameness", "listing", "shelf")
 STAGES, EACH = ("sft1", "drills", "sft2"), 8  # conversations of a kind and language
 
 
