@@ -38,6 +38,8 @@ def parse(doc, *names, argv=None, **extra):
     args = parser.parse_args(argv)
     if getattr(args, "steps", None) is not None and args.steps < 1:
         parser.error(f"--steps is {args.steps}, must be at least 1")
+    if getattr(args, "seed", 0) < 0:
+        parser.error(f"--seed is {args.seed}, must be at least 0")
     return args
 
 

@@ -221,9 +221,14 @@ class Tokenizer:
                     raise InputError(f"{file}:{number}: not a rank line: {line[:60]!r}") from None
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
             raise InputError(f"{file}: {len(ranks)} ranks; need at least 256 and no gaps from 0 on (a torn file?)")
-        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as lines:
-            settings = json.load(lines)
-        return cls(ranks, settings["pattern"], settings["special_tokens"])
+        file = os.path.join(folder, "tokenizer.json")
+        with open(file, encoding="utf-8") as lines:
+            try:
+                settings = json.load(lines)
+                pattern, special_tokens = settings["pattern"], settings["special_tokens"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{file}: not what `Tokenizer.save` wrote (a torn file?)") from None
+        return cls(ranks, pattern, special_tokens)
 
     def encode(self, text):
         """Ids of `text` as ordinary text: no text can form a special token."""

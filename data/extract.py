@@ -7,13 +7,12 @@ by record; its HTML responses are kept. Parquet files need the column "text" (pi
     python -m data.chain --step extract --data crawl --out corpus/1-extract
 """
 
-import gzip
 import os
 import re
 from html.parser import HTMLParser
 
 from cli import InputError
-from data.reader import CODES, read_jsonl, read_text
+from data.reader import CODES, opened, read_jsonl, read_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".parquet")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
@@ -66,7 +65,7 @@ def decode_html(raw, declared=None):
     name = declared or (meta[1].decode() if meta else "utf-8")
     try:
         return raw.decode(name, errors="replace")
-    except LookupError:
+    except (LookupError, UnicodeError):  # unknown, or one that is no charset of pages, such as idna
         return raw.decode("utf-8", errors="replace")
 
 
@@ -83,7 +82,7 @@ def _headers(file):
 
 def read_warc(path):
     """Yield (url, html) of the HTML responses in a .warc or .warc.gz file (ISO 28500)."""
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+    with opened(path) as file:
         number = 0
         while line := file.readline():
             if not line.strip():

@@ -5,6 +5,7 @@ file's name when it is a language code (th.jsonl), else unknown. Every twentieth
 held out for measuring and never trained on.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -18,9 +19,19 @@ from tokenizer import ROLES
 CODES = set(market.LANGUAGES) | set(["nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk"])
 
 
-def _lines(path):
-    """(number, line) of a file's lines, unpacked if it ends in .gz; a byte that is not UTF-8 is an error with its line."""
+@contextlib.contextmanager
+def opened(path):
+    """The bytes of a file, unpacked if its name ends in .gz; where they cannot be, that is an error with its name."""
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}: damaged gzip file ({error})") from None
+
+
+def _lines(path):
+    """(number, line) of a file's lines; a byte that is not UTF-8 is an error with its line."""
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 yield number, line.decode("utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 import cli
 from cli import InputError
 from data import dedup
-from data.reader import read_jsonl
+from data.reader import read_tasks
 
 BUCKETS, D = 1 << 14, 32
 RADIUS, LEAST = 0.1, 8  # DBSCAN: cosine distance of neighbours, and how many make a dense point
@@ -123,9 +123,7 @@ def main():
     )  # fmt: skip
     if not 0 < args.keep <= 1:
         raise InputError(f"--keep is {args.keep}, must be over 0 and at most 1")
-    tasks = [task for _, task in read_jsonl(args.data)]
-    if not tasks:
-        raise InputError(f"{args.data}: empty file")
+    tasks = read_tasks(args.data)
     selected, report = select(tasks, args.keep, args.seed)
     with open(args.out + ".part", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(task, ensure_ascii=False) + "\n" for task in selected)

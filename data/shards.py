@@ -85,8 +85,11 @@ class Shards:
             name = os.path.join(folder, shard["name"])
             if os.path.getsize(name + ".tokens") != 4 * shard["tokens"]:
                 raise InputError(f"{name}.tokens: {os.path.getsize(name + '.tokens')} bytes, expected {4 * shard['tokens']} (a torn file?)")
+            ends = np.fromfile(name + ".ends", "<i8")
+            if len(ends) != shard["documents"] or ends[-1] != shard["tokens"]:
+                raise InputError(f"{name}.ends: does not fit {INDEX} (a torn file?)")
             self.tokens.append(np.memmap(name + ".tokens", "<u4", mode="r"))
-            self.ends.append(np.fromfile(name + ".ends", "<i8"))
+            self.ends.append(ends)
         self.first = np.cumsum([0, *map(len, self.ends)])
         self.lengths = np.concatenate([np.diff(ends, prepend=0) for ends in self.ends])
 

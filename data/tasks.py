@@ -18,6 +18,7 @@ import keyword
 import math
 import os
 import random
+import re
 
 import cli
 from data import general, market
@@ -246,31 +247,46 @@ def echo(lang, rng, split, turns=3):
     return drill([(f"» {text}", text) for text in (words() for _ in range(turns))])
 
 
-def heard(lang, rng):
-    """Words of the training world in any order: of a page and of questions."""
-    asked = [market.phrase(question["train"], rng) for question in rng.sample(list(lexicon(lang)["questions"].values()), 3)]
-    words = " ".join([page(draw_product(rng, "train"), lang, rng, "train"), *asked]).split()
-    rng.shuffle(words)
-    return [word for word in words if "{" not in word]
+@functools.cache
+def known_words():
+    """Every word of the training world, of all languages, sorted."""
+
+    def texts(part):
+        if isinstance(part, dict):
+            part = [inner for key, inner in part.items() if not key.startswith("test")]
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, list):
+            for inner in part:
+                yield from texts(inner)
+
+    return sorted({word for lang in LANGUAGES for text in texts(lexicon(lang)) for word in re.findall(r"[^\s\[\]{}|]+", text)})
+
+
+def glued(words, rng):
+    """The beginning of a word and the end of another: what a tokenizer cuts into pieces that hardly occur otherwise."""
+    one, other = rng.choices(words, k=2)
+    return one[: rng.randint(0, len(one))] + other[rng.randrange(len(other)) :]
 
 
 def recital(lang, rng, split, turns=3):
-    """Words that have a meaning, to be said again without it, made-up ones among them."""
-
-    def words():
-        mixed = [word if rng.random() < 0.7 else market.made_up(rng) for word in heard(rng.choice((lang, "en")), rng)]
-        return " ".join(word.capitalize() if rng.random() < 0.3 else word for word in mixed[: rng.randint(2, 8)])
-
-    return drill([(f"» {text}", text) for text in (words() for _ in range(turns))])
+    """Words of all languages, whole and glued, to be said again: a token that is never an answer in training cannot be one later."""
+    words, said = known_words(), []
+    for _ in range(turns):
+        drawn = [rng.choice(words) if rng.random() < 0.5 else glued(words, rng) for _ in range(rng.randint(2, 8))]
+        said.append(" ".join(word.capitalize() if rng.random() < 0.3 else word for word in drawn))
+    return drill([(f"» {text}", text) for text in said])
 
 
 def functions(lang, rng, split, turns=5):
-    """Small Python functions with ordinary words for names: the name is copied, not one of a list."""
-    formulas, known = list(lexicon(lang)["formulas"]), []
-    while len(known) < turns:
-        words = (word.strip(".,:?").lower() for word in heard("en", rng))
-        known += [w for w in words if len(w) > 2 and w.isidentifier() and not keyword.iskeyword(w) and w not in general.FUNCTIONS["test"]]
-    return drill([general.function_question(rng.choice(formulas), name, lang, rng, split) for name in known[:turns]])
+    """Small Python functions named by words, whole and glued: the name is copied, not one of a list."""
+    formulas, names = list(lexicon(lang)["formulas"]), []
+    words = [word for word in known_words() if re.fullmatch("[a-z]{3,}", word)]
+    while len(names) < turns:
+        name = rng.choice(words) if rng.random() < 0.5 else glued(words, rng)
+        if len(name) > 2 and not keyword.iskeyword(name) and name not in general.FUNCTIONS["test"]:
+            names.append(name)
+    return drill([general.function_question(rng.choice(formulas), name, lang, rng, split) for name in names])
 
 
 def rules(lang, rng, split, turns=6):
@@ -360,7 +376,7 @@ LATER = {**FIRST, "page": 10, "listing": 4, "ledger": 3, "query_rewriting": 6, "
 # a long training has a stage of nothing else between the two, and does not forget it in sft2
 DRILLS = {"recital": 6, "functions": 2, "word_pairs": 18, "number_pairs": 10, "fitting": 32, "sameness": 18, "rules": 4, "listing": 10}
 AFTER_DRILLS = {
-    **LATER, "listing": 8, "echo": 2, "recital": 4, "functions": 2, "coding": 3, "word_pairs": 2, "number_pairs": 3,
+    **LATER, "listing": 8, "echo": 2, "recital": 6, "functions": 2, "coding": 3, "word_pairs": 2, "number_pairs": 3,
     "fitting": 9, "sameness": 9, "rules": 4, "shelf": 8, "recommendation": 3,
 }  # fmt: skip
 

@@ -30,11 +30,11 @@ def micro_model(micro_config):
     return Compass(micro_config)
 
 
-@pytest.fixture
-def pair(micro_model):
-    """Our micro model and transformers' Qwen2-MoE with the same weights (without shared experts)."""
+@pytest.fixture(params=(1e4, 1e6), ids=("base 1e4", "base 1e6"))
+def pair(micro_model, request):
+    """Our micro model and transformers' Qwen2-MoE with the same weights (without shared experts), before and after ABF."""
     torch.manual_seed(0)
-    ours = Compass(dataclasses.replace(micro_model.config, n_shared=0))
+    ours = Compass(dataclasses.replace(micro_model.config, n_shared=0, rope_base=request.param))
     return ours, twin(ours)
 
 

@@ -31,6 +31,7 @@ def test_a_page_becomes_what_a_reader_sees():
 def test_charsets():
     assert decode_html("สี".encode("tis-620"), "tis-620") == "สี"
     assert decode_html(b'<meta charset="gb2312">' + "红".encode("gb2312")).endswith("红")
+    assert all(decode_html(b'<meta charset="%s">red' % name).endswith("red") for name in (b"none-such", b"idna", b"undefined"))
     assert decode_html("é".encode(), "no-such-charset") == "é"
 
 
@@ -182,6 +183,8 @@ def test_extract_reads_every_format(tmp_path, script):
         ("bad.jsonl", b'{"text": "ok"}\n{"text": 3}\n', 'bad.jsonl:2: field "text"'),
         ("bad.warc", b"not a warc\n", "bad.warc: record 1 does not begin with WARC/"),
         ("bad.pdf", b"%PDF", "holds no file ending in"),
+        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "torn.jsonl.gz: damaged gzip file"),
+        ("torn.warc.gz", b"no gzip", "torn.warc.gz: damaged gzip file"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(tmp_path, script, name, content, message):
@@ -203,6 +206,8 @@ def test_an_output_folder_belongs_to_one_step(tmp_path, script):
     assert result.returncode == 2 and "holds the output of another step" in result.stderr
     (tmp_path / "in" / "more.txt").write_text("a new document")
     assert script(*command, "--step", "extract").returncode == 2
+    none = script("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in", "--out", tmp_path / "new", "--keep", 0)
+    assert none.returncode == 2 and "--keep is 0" in none.stderr
     same = script("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in", "--out", tmp_path / "in")
     assert same.returncode == 2 and "cannot write into the folder that it reads" in same.stderr
 
@@ -321,6 +326,11 @@ def test_shards_refuse_what_does_not_belong(tmp_path, micro_tokenizer, script):
         shards.Shards(str(tmp_path / "out"), Tokenizer(train_bpe(["abc"], 256)))
     (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(before[:-4])
     with pytest.raises(ValueError, match=r"part1.jsonl.tokens: \d+ bytes, expected \d+"):
+        shards.Shards(str(tmp_path / "out"), micro_tokenizer)
+    (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(before)
+    ends = (tmp_path / "out" / "part1.jsonl.ends").read_bytes()
+    (tmp_path / "out" / "part1.jsonl.ends").write_bytes(ends[:-8])
+    with pytest.raises(ValueError, match=r"part1.jsonl.ends: does not fit shards.json"):
         shards.Shards(str(tmp_path / "out"), micro_tokenizer)
     os.remove(tmp_path / "out" / "shards.json")
     result = script("train.py", "--data", tmp_path / "out", "--run", tmp_path / "run")

@@ -14,6 +14,7 @@ from compass import (
     chunked_cross_entropy,
     count_parameters,
     document_mask,
+    init_parameter,
     rope_table,
 )  # fmt: skip
 from train import assemble
@@ -56,6 +57,31 @@ def test_chunked_loss_equals_full_logits():
         grads.append((loss.detach(), h.grad, head.grad))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_loss_under_autocast():
+    """Products in bf16 as on a GPU; the gradients of all chunks are summed in fp32."""
+    g = torch.Generator().manual_seed(0)
+    h, head = (torch.randn(n, 16, generator=g).requires_grad_() for n in (50, 99))
+    target = torch.randint(0, 99, (50,), generator=g)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = chunked_cross_entropy(h, head, target, torch.ones(50), 7)
+    reference = F.cross_entropy(h @ head.T, target)
+    for ours, theirs in zip(torch.autograd.grad(loss, (h, head)), torch.autograd.grad(reference, (h, head)), strict=True):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    "name,shape,std",
+    [
+        ("blocks.0.attention.qkv.weight", (64, 256), 256**-0.5), ("blocks.0.attention.out.weight", (64, 256), (256 * 8) ** -0.5),
+        ("x.shared.down.weight", (64, 256), (256 * 8) ** -0.5), ("x.down_EFD", (4, 64, 128), (64 * 8) ** -0.5),
+        ("x.gate_up_ED2F", (4, 128, 64), 128**-0.5), ("embedding.weight", (500, 64), 64**-0.5),
+    ],
+)  # fmt: skip
+def test_first_weights_of_four_layers(name, shape, std):
+    torch.manual_seed(0)
+    assert init_parameter(name, torch.empty(shape), 4).std().item() == pytest.approx(std, rel=0.03)
 
 
 def packed_and_alone(model):
@@ -157,6 +183,33 @@ def test_by_document_and_flex_equal_a_dense_mask(micro_model, monkeypatch):
         with torch.no_grad():
             other = micro_model(packed["tokens"], doc_ids_BT=doc_ids, positions_BT=packed["positions"])
         torch.testing.assert_close(other, by_document, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", (1, 2))
+def test_mtp_of_packed_documents_by_hand(micro_config, depth):
+    """Depth k starts from depth k - 1, sees token t+k and predicts t+k+1, never across the end of a document; the mean over depths."""
+    torch.manual_seed(0)
+    model = Compass(dataclasses.replace(micro_config, mtp_depth=depth))
+    documents, packed, _ = packed_and_alone(model)
+    nll = [[] for _ in range(depth)]
+    for ids in documents:
+        tokens_1T = torch.tensor([ids])
+        h_1TD, _, rope, _ = model.hidden(tokens_1T)
+        for k in range(1, depth + 1):
+            h_1TD = model.mtp[k - 1](h_1TD, model.embedding(tokens_1T.roll(-k, 1)), rope, None)
+            logits_TV = model.head(model.norm(h_1TD))[0, : len(ids) - k - 1]
+            nll[k - 1].append(F.cross_entropy(logits_TV, tokens_1T[0, k + 1 :], reduction="none"))
+    losses, c = batch_loss(model, packed), model.config
+    torch.testing.assert_close(losses.mtp, sum(torch.cat(each).mean() for each in nll) / depth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.total, losses.lm + c.aux_weight * losses.aux + c.z_weight * losses.z + c.mtp_weight * losses.mtp)
+
+
+def test_the_router_losses_reach_every_router(micro_model):
+    tokens = torch.randint(0, 500, (2, 20), generator=torch.Generator().manual_seed(0))
+    for name in ("aux", "z"):
+        loss = getattr(micro_model.loss(tokens, tokens), name)
+        for grad in torch.autograd.grad(loss, [block.feed_forward.router.weight for block in micro_model.blocks]):
+            assert grad.abs().max() > 0
 
 
 def test_mtp_by_hand(micro_config):

@@ -118,8 +118,8 @@ def test_preferences():
         for pair in made:
             assert normalise(pair["chosen"]) != normalise(pair["rejected"]) and pair["messages"][-1]["role"] == "user"
             if pair["source"] == "decisive":  # one word or number apart
-                parts = [re.split("[,，]", pair[side]) for side in ("chosen", "rejected")]
-                assert len(parts[0]) == len(parts[1]) or "," in market.lexicon(pair["lang"])["thousands"]
+                parts = [re.split(r"[,，](?!\d{3})", pair[side]) for side in ("chosen", "rejected")]
+                assert sum(a != b for a, b in zip(*parts, strict=True)) == 1, pair
 
 
 def test_near_duplicates_and_dense_regions_shrink():
@@ -142,6 +142,9 @@ def test_every_maker_writes_what_it_promises(tmp_path, script):
     assert 0 < len(open(tmp_path / "chosen.jsonl", encoding="utf-8").readlines()) < len(open(few, encoding="utf-8").readlines())
     result = script(*command, "--keep", 1.5)
     assert result.returncode == 2 and "--keep is 1.5" in result.stderr
+    few.write_text('{"text": "no task"}\n')
+    result = script(*command)
+    assert result.returncode == 2 and 'few.jsonl:1: field "messages" is missing' in result.stderr and "Traceback" not in result.stderr
 
 
 def test_clusters_of_points_on_a_circle():

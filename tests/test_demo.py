@@ -131,6 +131,13 @@ def test_every_script_explains_itself(script):
     assert "30.13B" in script("compass.py").stdout
 
 
+@pytest.mark.parametrize("flag,value", [("seed", -1), ("steps", 0)])
+def test_numbers_out_of_range_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse("", flag, argv=[f"--{flag}", str(value)])
+    assert f"--{flag} is {value}, must be at least" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def worlds():
     return tasks("test", 0, 4), tasks("train", 0, 10)

@@ -12,8 +12,9 @@ from checkpoint import latest_stage, load_latest, load_model, read_metrics, save
 from data.preferences import preferences
 from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, online, preference_metrics, select_pair, token_logprobs
 from generate import Completion
-from otpo import otpo_objective
+from otpo import otpo_loss, otpo_objective, uniform_weights
 from reward import PAIRS, Pairs, RewardModel, encode_pairs
+from test_otpo import pot_weights
 from train import _train_step, make_optimizer
 
 
@@ -170,6 +171,28 @@ def test_alarms():
     assert "chosen answers have lost 1.5 nats" in alarm({**fine, "chosen_drift": -1.5}) and "KL" in alarm({**fine, "kl": 3.0})
 
 
+def test_otpo_weighs_the_tokens_by_transport(micro_model, micro_tokenizer):
+    """The objective against POT on the states that predict the answers; "ones" is DPO, and the three ways differ."""
+    pairs = Pairs(*encode_pairs(preferences("train", 0, 3), micro_tokenizer), 1024, 0)
+    add_reference(pairs, micro_model)
+    micro_model.head.weight.data.mul_(1.5)  # away from the reference
+    (batch,) = pairs.batch(0)
+    masks = batch["mask"].float().chunk(2)
+    with torch.no_grad():
+        logp_BT = token_logprobs(micro_model, batch["tokens"], batch["mask"], doc_ids_BT=batch["doc_ids"])
+        states_BTD = micro_model.norm(micro_model.hidden(batch["tokens"], doc_ids_BT=batch["doc_ids"])[0])
+        predicting_BTD = states_BTD.roll(1, 1).double()  # row t: the state that predicts token t; no answer begins a row
+        transport = pot_weights(*predicting_BTD.chunk(2), *(mask.double() for mask in masks), 1.0, 0.2)
+        expected = {
+            name: otpo_loss(*logp_BT.chunk(2), *batch["reference"].chunk(2), *weights, 0.1)[0].item()
+            for name, weights in (("transport", transport), ("uniform", uniform_weights(*masks)), ("ones", masks))
+        }
+        ours = {name: otpo_objective(0.1, name)(micro_model, batch)[0].item() for name in expected}
+        assert ours == pytest.approx(expected, rel=1e-4)
+        assert ours["ones"] == pytest.approx(dpo_objective(0.1)(micro_model, batch)[0].item(), rel=1e-5)
+    assert len({round(loss, 4) for loss in ours.values()}) == 3
+
+
 OBJECTIVES = [dpo_objective(0.1), *(otpo_objective(0.1, weights) for weights in ("transport", "uniform", "ones"))]
 
 
@@ -182,13 +205,20 @@ def test_a_few_steps_prefer_the_chosen(micro_model, micro_tokenizer, objective):
     first, last = history[0][3], history[-1][3]
     assert history[0][0] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
     assert history[-1][0] < 0.6 and last["margin"] > 0 and last["accuracy"] > first["accuracy"] and last["kl"] > 0
+    batch = pairs.batch(0)[0]  # the chosen answers are the first half: it is they that gained
+    with torch.no_grad():
+        gain_BT = token_logprobs(micro_model, batch["tokens"], batch["mask"], doc_ids_BT=batch["doc_ids"]) - batch["reference"]
+    chosen_B, rejected_B = gain_BT.sum(1).chunk(2)
+    assert (chosen_B - rejected_B).mean() > 0
 
 
 def test_kl_by_hand():
     """Half the mean square of the gain: second order of the KL, and finite however unlikely a rejected answer becomes."""
     logp = torch.tensor([[0.0, -1.0, -2.0], [0.0, -900.0, 0.0]])
     batch = {"mask": torch.tensor([[0.0, 1, 1], [0, 1, 0]]), "reference": torch.tensor([[0.0, -1.5, -2.0], [0.0, 0.0, 0.0]])}
-    assert preference_metrics(logp, batch, torch.ones(1), torch.zeros(1))["kl"].item() == pytest.approx((0.5**2 + 900**2) / 6)
+    metrics = preference_metrics(logp, batch, torch.ones(1), torch.zeros(1))
+    assert metrics["kl"].item() == pytest.approx((0.5**2 + 900**2) / 6)
+    assert metrics["chosen_drift"].item() == pytest.approx(0.5 / 2) and metrics["logp_chosen"].item() == pytest.approx(-3)
 
 
 def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """evaluate.py: likelihoods against whole logits, intervals by hand, resumed answers, needles, and users' task files."""
 
 import json
+import math
 import random
 
 import pytest
@@ -14,11 +15,15 @@ from evaluate import (
     accuracy,
     answer_tasks,
     best_of_samples,
+    bits_per_byte,
+    copied_answers,
     interval,
+    majority_answers,
     multiple_choice,
     retrieval,
     sample_chats,
     score_continuations,
+    thinking_switch,
 )
 from generate import GREEDY, generate
 from report import table
@@ -50,6 +55,36 @@ def test_multiple_choice_raw_and_per_byte(micro_model, micro_tokenizer, monkeypa
     # -4 / 2 bytes is worse than -13 / 13 bytes: the sum prefers "no", the mean per byte the long one
     monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(-4.0, False), (-13.0, False)])
     assert multiple_choice(micro_model, micro_tokenizer, [task, {"task": "free"}]) == {"t": (0.0, 1.0, 1)}
+
+
+def test_bits_per_byte_by_hand(micro_model, micro_tokenizer):
+    """Pieces of a context of 64, a token at a time; the first token of a piece is given, so neither its bits nor its bytes count."""
+    documents = [{"text": "Velora A1 shirt, red. " * n, "lang": lang} for n, lang in ((1, "en"), (9, "en"), (2, "th"))]
+    bits, count = {"en": 0.0, "th": 0.0}, {"en": 0, "th": 0}
+    for document in documents:
+        ids = micro_tokenizer.encode(document["text"])
+        for piece in (ids[i : i + 64] for i in range(0, len(ids), 64)):
+            with torch.no_grad():
+                logp_TV = micro_model(torch.tensor([piece]))[0].log_softmax(-1)
+            for t, token in enumerate(piece[1:]):
+                bits[document["lang"]] -= logp_TV[t, token].item() / math.log(2)
+                count[document["lang"]] += len(micro_tokenizer.encoding.decode_single_token_bytes(token))
+    expected = {lang: bits[lang] / count[lang] for lang in bits}
+    assert bits_per_byte(micro_model, micro_tokenizer, documents, rows=2) == pytest.approx(expected, rel=1e-4)
+
+
+def a_task(answer, question="?", **more):
+    return {"task": "t", "lang": "en", "answer": answer, "scorer": "exact", "messages": [{"role": "user", "content": question}], **more}
+
+
+def test_baselines_and_the_thinking_switch_by_hand():
+    assert majority_answers([a_task("x"), a_task("y")], [a_task(answer) for answer in "abb"]) == ["b", "b"]
+    assert majority_answers([a_task("x", lang="th")], [a_task("a")]) == [""]
+    # after the longest word that question and text share
+    assert copied_answers([a_task("red", "The Colour red. Stock 3.\n\nWhich Colour has the shirt?")]) == ["red."]
+    switch = thinking_switch([a_task("7", think="3 + 4"), a_task("8")], lambda _, thinking: [("3 + 4", "7") if thinking else ("", "8")])
+    assert switch["on"] == {"accuracy": {"t": 1.0}, "with_thought": 1.0, "characters": 6.0}
+    assert switch["off"] == {"accuracy": {"t": 0.0}, "with_thought": 0.0, "characters": 1.0}
 
 
 def test_interval_by_hand():

@@ -90,7 +90,8 @@ def test_a_model_in_bf16_answers(micro_model, micro_tokenizer):
         p.data = p.data if name.endswith("router.weight") else p.data.to(torch.bfloat16)
     sampling = Sampling(temperature=0, repetition=1.0, max_tokens=6)
     one, many = (generate(micro_model, micro_tokenizer, PROMPTS * n, sampling) for n in (1, 20))
-    assert all(len(c.ids) > 0 or c.stopped for c in many) and len(one) == 4 and len(many) == 80
+    assert len(one) == 4 and len(many) == 80
+    assert all(completion.stopped or len(completion.ids) == 6 for completion in one + many)
 
 
 def test_limits_and_bad_prompts(micro_model, micro_tokenizer):

@@ -107,6 +107,19 @@ def test_aux_loss_is_transformers_over_k():
     assert load_balancing_loss(logits.softmax(-1), index, 8).item() * 3 == pytest.approx(theirs.item(), rel=1e-5)
 
 
+def test_gradients_of_the_router_losses():
+    """aux through the probabilities alone, as in transformers; z is d mean(lse²) = 2 lse softmax / N."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 8, generator=g)
+    ours, theirs, z = (logits.clone().requires_grad_() for _ in range(3))
+    index = logits.topk(3).indices
+    (3 * load_balancing_loss(ours.softmax(-1), index, 8)).backward()
+    load_balancing_loss_func((theirs,), 8, 3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    router_z_loss(z).backward()
+    torch.testing.assert_close(z.grad, 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) / len(logits))
+
+
 def test_z_loss_by_hand():
     # logsumexp of (log 1, log 3) is log 4; of (0, 0) it is log 2
     logits = torch.tensor([[1.0, 3.0], [1.0, 1.0]]).log()

@@ -33,6 +33,7 @@ from train import RECIPES, Schedule, _train_step, fit, language_model_loss, make
 CPU = torch.device("cpu")
 MICRO = dict(n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, expert_dim=16, vocab_size=512, max_seq_len=64)
 MODELS = {name: dataclasses.replace(CONFIGS[name], **MICRO) for name in ("tiny", "tiny_v3")}
+MODELS["tiny_v3"].rope_base = 1e6
 MODELS["deep_v3"] = dataclasses.replace(MODELS["tiny_v3"], mtp_depth=2, n_layers=5, vocab_size=496)
 CASES = {  # world size -> [(model, layout, recompute)]
     2: [
@@ -71,6 +72,7 @@ def batch_of(config, seed, rows=5, T=32):
 
 
 def one_step(model):
+    model.router_scale = 0.25  # of the aux and z loss, as late in a stage
     batches = [model.ranks.take(batch_of(model.config, seed)) for seed in (0, 1)]
     loss, norm, _, metrics = _train_step(model, make_optimizer(model), batches, sft.sft_loss, 1e-3, CPU)
     return loss, norm, metrics
@@ -177,11 +179,13 @@ def two_ranks(folder):
     arrived = moe.experts(torch.ones(16, 32), torch.ones(16, dtype=torch.int64))
     assert type(arrived) is torch.Tensor  # not one still on its way, whose memory a Triton kernel must not read
     if dist.get_rank() == 0:
-        for name in ("two", "stages"):
-            shutil.copytree(f"{folder}/calm", f"{folder}/{name}")
+        for name, origin in (("two", "calm"), ("stages", "calm"), ("of a file", "file")):
+            shutil.copytree(f"{folder}/{origin}", f"{folder}/{name}")
     dist.barrier()
     train(parallel.build(MODELS["tiny"], Ranks(Layout(pp=2), "cpu"), CPU, False), f"{folder}/stages", 6, resume=True)
     torch.save(whole(train(parallelize(fresh("tiny"), Ranks(Layout(ep=2), "cpu")), f"{folder}/two", 6, resume=True)), f"{folder}/two.pt")
+    model = train(parallelize(fresh("tiny"), Ranks(Layout(tp=2), "cpu")), f"{folder}/of a file", 6, resume=True)
+    torch.save(whole(model), f"{folder}/of a file.pt")
     torch.save(full_disk(folder), f"{folder}/full{dist.get_rank()}.pt")
     torch.save(rows_that_do_not_fit(), f"{folder}/rows.pt")
     seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(Layout(**{axis: 2}), "cpu"), CPU, False), 7)) for axis in ("ep", "tp")]
@@ -241,6 +245,7 @@ def folder(tmp_path_factory):
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         spawn(4, four_ranks)
     spawn(4, four_ranks_again)
+    train(fresh("tiny"), f"{folder}/file", 4)
     spawn(2, two_ranks)
     return folder
 
@@ -304,6 +309,14 @@ def test_shards_of_four_ranks_load_on_two_and_on_one(folder, tmp_path):
         torch.testing.assert_close(two[name], p, rtol=1e-4, atol=5e-5, msg=name)
         torch.testing.assert_close(stages[name], p, rtol=1e-4, atol=5e-5, msg=name)
     assert [step for step, _ in curve(f"{folder}/two")] == list(range(6))
+
+
+def test_many_ranks_go_on_from_the_file_of_one_process(folder, tmp_path):
+    shutil.copytree(f"{folder}/file", tmp_path / "alone")
+    alone, two = train(fresh("tiny"), tmp_path / "alone", 6, resume=True), torch.load(f"{folder}/of a file.pt")
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(two[name], p, rtol=1e-4, atol=5e-5, msg=name)
+    assert curve(f"{folder}/of a file") == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in curve(tmp_path / "alone")]
 
 
 def test_torn_shards_are_named_and_the_ones_before_them_used(folder, tmp_path, capsys):
@@ -444,6 +457,19 @@ def test_tracker_and_formula_agree(name, layout, rows, T):
     assert counted.keys() == by_hand.keys() and by_hand["peak"] > 5e9
     for row, value in counted.items():
         assert by_hand[row] == pytest.approx(value, rel=0.01), row
+
+
+def test_the_time_of_a_step_by_hand(script):
+    """5,760 rows on 64 GPUs with 6 rows each: 15 micro-steps; active weights without the embedding, and causal attention."""
+    config, layout = CONFIGS["v2_30b"], Layout(dp=8, ep=8)
+    flops = 6 * (count_parameters(config)[1] - config.vocab_size * config.dim) + 6 * 30 * 24 * 128 * 4096
+    assert plan.model_flops(config, 4096) == pytest.approx(flops, rel=1e-3)
+    micro_steps, seconds, *_ = plan.step_time(config, layout, RECIPES["v2_30b"]["general"], 6, 0.35)
+    assert micro_steps == 15 and seconds == pytest.approx(5760 * 4096 * flops / (64 * 989e12 * 0.35), rel=1e-3)
+    assert plan.step_time(config, layout, RECIPES["v2_30b"]["general"], 7, 0.35)[0] == 13  # the last is not full
+    for flag, value in (("--gpus", 0), ("--mfu", 0)):
+        result = script("parallel.py", "--config", "v2_30b", flag, value)
+        assert result.returncode == 2 and f"{flag} is {value}" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_full_sizes_fit_and_what_does_not_gets_advice():

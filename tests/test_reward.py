@@ -7,8 +7,22 @@ import math
 import pytest
 import torch
 
+from checkpoint import save_checkpoint
 from data.preferences import preferences
-from reward import Pairs, RewardModel, average_weights, best_of_n, bradley_terry_loss, encode_pairs, read_pairs, reward_loss
+from reward import (
+    Pairs,
+    RewardModel,
+    average_members,
+    average_weights,
+    best_of_n,
+    bradley_terry_loss,
+    encode_pairs,
+    load_reward_model,
+    pair_accuracy,
+    read_pairs,
+    reward_loss,
+    rewards,
+)
 from train import _train_step, make_optimizer
 
 
@@ -50,9 +64,35 @@ def test_a_reward_model_learns_and_looks_at_the_last_token(micro_model, micro_to
     history = [_train_step(model, optimizer, pairs.batch(0), reward_loss, 3e-3, cpu) for _ in range(12)]
     assert history[-1][0] < 0.5 * history[0][0] and history[-1][3]["accuracy"] > history[0][3]["accuracy"]
     batch = pairs.batch(0)[0]
-    lengths = (batch["doc_ids"] >= 0).sum(1).tolist()
-    alone = [model(batch["tokens"][i : i + 1, :n], batch["doc_ids"][i : i + 1, :n]) for i, n in enumerate(lengths)]
-    torch.testing.assert_close(torch.cat(alone), model(batch["tokens"], batch["doc_ids"]), rtol=1e-4, atol=1e-5)
+    lengths, together = (batch["doc_ids"] >= 0).sum(1).tolist(), model(batch["tokens"], batch["doc_ids"])
+    for i, n in enumerate(lengths):  # a row without its padding, read at its end
+        state_D = micro_model.norm(micro_model.hidden(batch["tokens"][i : i + 1, :n])[0])[0, -1]
+        torch.testing.assert_close(together[i : i + 1], model.value(state_D), rtol=1e-4, atol=1e-5)
+    chosen_B, rejected_B = together.chunk(2)
+    assert (chosen_B - rejected_B).mean() > 0
+
+
+def test_rewards_keep_their_order_and_accuracy_counts_the_chosen(micro_model, micro_tokenizer):
+    model = RewardModel(micro_model).eval()
+    chats = [[{"role": "user", "content": "word " * n}, {"role": "assistant", "content": "a"}] for n in (9, 1, 5, 3)]
+    alone = [rewards(model, micro_tokenizer, [chat])[0] for chat in chats]
+    assert rewards(model, micro_tokenizer, chats, rows=3) == pytest.approx(alone, abs=1e-4)
+    assert len({round(reward, 3) for reward in alone}) == 4
+    pairs = Pairs(*encode_pairs(preferences("test", 0, 3), micro_tokenizer), 1024, 0)
+    judged = [rewards(model, micro_tokenizer, [[*p["messages"], {"role": "assistant", "content": p[side]}]])[0]
+              for p in preferences("test", 0, 3) for side in ("chosen", "rejected")]  # fmt: skip
+    wins = [chosen > rejected for chosen, rejected in zip(judged[::2], judged[1::2], strict=True)]
+    assert pair_accuracy(model, pairs, rows=5) == pytest.approx(sum(wins) / len(wins)) and 0 < sum(wins) < len(wins)
+
+
+def test_the_average_of_the_members_is_saved(micro_model, tmp_path):
+    members = [RewardModel(micro_model, seed) for seed in (0, 1, 2)]
+    for i, member in enumerate(members):
+        save_checkpoint(str(tmp_path / f"reward/{i}" / "step_7.pt"), member, step=7, stage=f"reward/{i}", tokenizer_hash="", seed=0)
+    average_members(str(tmp_path), [f"reward/{i}" for i in range(3)], torch.device("cpu"), 0)
+    model, state = load_reward_model(str(tmp_path), torch.device("cpu"))
+    torch.testing.assert_close(model.value.weight, sum(member.value.weight for member in members) / 3)
+    assert state["step"] == 7 and not torch.equal(model.value.weight, members[0].value.weight)
 
 
 def test_members_start_from_one_head(micro_model):

@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -78,6 +76,18 @@ def test_the_schedules_second_beta_reaches_the_optimizer(micro_config, rows, tmp
         schedule = RECIPES["tiny" if beta2 == 0.99 else "v2_30b"][stage].schedule._replace(steps=1)
         fit(Compass(micro_config), rows.batches(2, 2), language_model_loss, schedule, run=str(tmp_path), stage=stage)
         assert load_latest(tmp_path, stage)["optimizer"]["param_groups"][0]["betas"] == (0.9, beta2)
+
+
+def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_path):
+    seen, schedule = [], Schedule(5, 1e-3, 1e-4, warmup=2, router=(1.0, 0.2))
+
+    def loss(model, batch):
+        seen.append(model.router_scale)
+        return language_model_loss(model, batch)
+
+    fit(Compass(micro_config), rows.batches(2, 2), loss, schedule, run=str(tmp_path), stage="general", watch=lambda _: "look")
+    assert seen == pytest.approx([1, 0.8, 0.6, 0.4, 0.2]) and [entry["warning"] for entry in read_metrics(tmp_path)] == ["look"] * 5
+    assert load_latest(tmp_path, "general")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr_at(4, schedule))
 
 
 def test_accumulation_has_one_global_denominator(micro_model, rows):
@@ -219,7 +229,7 @@ def test_router_collapse_warns(micro_config, rows, tmp_path):
 
 
 CHILD = """
-import sys, torch
+import os, sys, torch
 sys.path[:0] = ["tests", "."]
 from compass import CompassConfig, Compass
 from data import market
@@ -230,42 +240,35 @@ config = CompassConfig(**json.loads(sys.argv[2]))
 rows = TokenRows(Tokenised(market.documents("general", 3, per_language=5), Tokenizer.load(sys.argv[1])), 64, seed=1)
 torch.manual_seed(0)
 torch.set_num_threads(1)
-fit(Compass(config), rows.batches(4, 2), language_model_loss, Schedule(60, 1e-3, 1e-4), run=sys.argv[1], stage="general",
-    save_every=5, resume=True)
+plain, at, sends = rows.batches(4, 2), int(sys.argv[3]), int(sys.argv[4])
+def batches(step):
+    if step == at:
+        os.kill(os.getpid(), sends)
+    return plain(step)
+fit(Compass(config), batches, language_model_loss, Schedule(60, 1e-3, 1e-4), run=sys.argv[1], stage="general", save_every=5, resume=True)
 """
 
 
 def test_kill_and_sigterm_lose_nothing_saved(micro_config, micro_tokenizer, tmp_path):
-    """kill -9 at random moments, SIGTERM once, then the end: the curve equals an undisturbed one."""
-    args = json.dumps(vars(micro_config))
+    """SIGKILL as step 13 begins, SIGTERM as step 17 does, then the end: the curve equals an undisturbed one."""
 
-    def start(run):
+    def start(run, step=-1, sends=0):
         micro_tokenizer.save(run)
-        return subprocess.Popen([sys.executable, "-c", CHILD, str(run), args], cwd=ROOT, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", CHILD, str(run), json.dumps(vars(micro_config)), str(step), str(int(sends))]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    def wait_for_step(run, step):
-        while not any(e["step"] >= step for e in read_metrics(run)):
-            assert child.poll() is None
-            time.sleep(0.02)
-
-    rng = random.Random(0)
     disturbed = tmp_path / "disturbed"
-    child = start(disturbed)
-    wait_for_step(disturbed, rng.randint(6, 20))
-    child.kill()
-    child.wait()
-    saved = load_latest(disturbed, "general")["step"]
-    assert saved >= 5
-    child = start(disturbed)
-    wait_for_step(disturbed, saved + 7)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait() == 0 and load_latest(disturbed, "general")["step"] > saved
+    assert start(disturbed, 13, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert load_latest(disturbed, "general")["step"] == 10 and len(read_metrics(disturbed)) == 13
+    stopped = start(disturbed, 17, signal.SIGTERM)
+    assert stopped.returncode == 0 and load_latest(disturbed, "general")["step"] == 18, stopped.stderr
     halfway = {**load_latest(disturbed, "general"), "tokenizer_hash": micro_tokenizer.hash}
-    with pytest.raises(ValueError, match=r"general was stopped at step \d+ of 60: finish it with `python train.py` and --resume"):
+    with pytest.raises(ValueError, match="general was stopped at step 18 of 60: finish it with `python train.py` and --resume"):
         inherit(halfway, micro_tokenizer, to_train=True)
     inherit(halfway, micro_tokenizer)  # it may be looked at
-    assert start(disturbed).wait() == 0
-    assert start(tmp_path / "calm").wait() == 0
+    for run in (disturbed, tmp_path / "calm"):
+        ended = start(run)
+        assert ended.returncode == 0, ended.stderr
     curves = [[(e["step"], e["loss"]) for e in read_metrics(run)] for run in (disturbed, tmp_path / "calm")]
     assert curves[0] == curves[1] and len(curves[0]) == 60
     inherit({**load_latest(disturbed, "general"), "tokenizer_hash": micro_tokenizer.hash}, micro_tokenizer, to_train=True)
