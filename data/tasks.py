@@ -248,8 +248,8 @@ def echo(lang, rng, split, turns=3):
 
 
 @functools.cache
-def known_words():
-    """Every word of the training world, of all languages, sorted."""
+def known_words(form=".+"):
+    """Every word of the training world, of all languages, that a regular expression describes; sorted."""
 
     def texts(part):
         if isinstance(part, dict):
@@ -260,7 +260,8 @@ def known_words():
             for inner in part:
                 yield from texts(inner)
 
-    return sorted({word for lang in LANGUAGES for text in texts(lexicon(lang)) for word in re.findall(r"[^\s\[\]{}|]+", text)})
+    words = {word for lang in LANGUAGES for text in texts(lexicon(lang)) for word in re.split(r"[\s\[\]{}|]+", text)}
+    return sorted(word for word in words if re.fullmatch(form, word))
 
 
 def glued(words, rng):
@@ -280,8 +281,7 @@ def recital(lang, rng, split, turns=3):
 
 def functions(lang, rng, split, turns=5):
     """Small Python functions named by words, whole and glued: the name is copied, not one of a list."""
-    formulas, names = list(lexicon(lang)["formulas"]), []
-    words = [word for word in known_words() if re.fullmatch("[a-z]{3,}", word)]
+    formulas, words, names = list(lexicon(lang)["formulas"]), known_words("[a-z]{3,}"), []
     while len(names) < turns:
         name = rng.choice(words) if rng.random() < 0.5 else glued(words, rng)
         if len(name) > 2 and not keyword.iskeyword(name) and name not in general.FUNCTIONS["test"]:
