@@ -14,7 +14,7 @@ from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, onl
 from generate import Completion
 from otpo import otpo_loss, otpo_objective, uniform_weights
 from reward import PAIRS, Pairs, RewardModel, encode_pairs
-from test_otpo import pot_weights
+from tests.test_otpo import pot_weights
 from train import _train_step, make_optimizer
 
 
