@@ -212,6 +212,22 @@ def test_search_is_never_worse(method):
         assert {name: errors[name] for name in reported} == pytest.approx(reported, rel=1e-3)
 
 
+def test_clips_are_the_best_of_all():
+    """One group a row, so that its error is the output's; one column is large where inputs are small: its range does not pay."""
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(24, 32, generator=g), torch.randn(300, 32, generator=g)
+    weight[:, 5] *= 4
+    x[:, 5] *= 0.01
+
+    def errors(clip):
+        return quantize.row_errors(weight, quantize.round_weight(weight, "awq", 32, clip)[1], x, "awq")
+
+    clip = quantize.best_clips(weight, x, 32)
+    best = torch.stack([errors(share) for share in quantize.CLIPS]).min(0).values
+    torch.testing.assert_close(errors(clip), best, rtol=1e-4, atol=1e-4)
+    assert (clip < 1).sum() > 12 and (best < errors(1.0)).sum() > 12  # of 24 rows
+
+
 def test_input_scales_by_hand():
     x, weight = torch.tensor([[1.0, -16.0], [-1.0, 16.0]]), torch.tensor([[4.0, 1.0], [0.5, 1.0]])
     scales = {(method, alpha): c.tolist() for method in ("awq", "fp8") for alpha, c in input_scales(weight, x, method)}
@@ -267,6 +283,14 @@ def test_experts_without_tokens_borrow():
     assert sorted({entry["tokens"] for entry in experts}) == [0, 1]
     assert all(entry["calibrated_on"] == 1 for entry in experts)
     assert lonely(torch.cat(batches(1))).isfinite().all()
+
+
+@torch.no_grad()
+def test_experts_are_lent_tokens_up_to_the_minimum(monkeypatch):
+    monkeypatch.setattr(quantize, "MINIMUM", 200)
+    experts = [entry for entry in quantize_model(model(), batches(0), "rtn").report if (entry["expert"] or "").isdecimal()]
+    assert all(entry["calibrated_on"] == max(entry["tokens"], 200) for entry in experts)
+    assert min(entry["tokens"] for entry in experts) < 200 < max(entry["tokens"] for entry in experts)  # of 448
 
 
 def expert_counts(chosen):
