@@ -459,7 +459,7 @@ def test_tracker_and_formula_agree(name, layout, rows, T):
         assert by_hand[row] == pytest.approx(value, rel=0.01), row
 
 
-def test_the_time_of_a_step_by_hand(script):
+def test_the_time_of_a_step_by_hand():
     """5,760 rows on 64 GPUs with 6 rows each: 15 micro-steps; active weights without the embedding, and causal attention."""
     config, layout = CONFIGS["v2_30b"], Layout(dp=8, ep=8)
     flops = 6 * (count_parameters(config)[1] - config.vocab_size * config.dim) + 6 * 30 * 24 * 128 * 4096
@@ -467,9 +467,9 @@ def test_the_time_of_a_step_by_hand(script):
     micro_steps, seconds, *_ = plan.step_time(config, layout, RECIPES["v2_30b"]["general"], 6, 0.35)
     assert micro_steps == 15 and seconds == pytest.approx(5760 * 4096 * flops / (64 * 989e12 * 0.35), rel=1e-3)
     assert plan.step_time(config, layout, RECIPES["v2_30b"]["general"], 7, 0.35)[0] == 13  # the last is not full
-    for flag, value in (("--gpus", 0), ("--mfu", 0)):
-        result = script("parallel.py", "--config", "v2_30b", flag, value)
-        assert result.returncode == 2 and f"{flag} is {value}" in result.stderr and "Traceback" not in result.stderr
+    for gpus, mfu, message in ((0, 0.35, "--gpus is 0"), (64, 0.0, "--mfu is 0.0")):
+        with pytest.raises(InputError, match=message):
+            plan.report(argparse.Namespace(config="v2_30b", stage="general", gpus=gpus, mfu=mfu))
 
 
 def test_full_sizes_fit_and_what_does_not_gets_advice():
