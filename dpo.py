@@ -229,12 +229,11 @@ def tune(stage, objective, args, off_policy=False):
         return online(stage, objective, args, off_policy)
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
     schedule = stage_schedule(stage, args, SCHEDULE)
-    if schedule is None:
-        return
-    model = model_from(state, args.run, ranks, device)
-    pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed)
-    add_reference(pairs, model)
-    fit_stage(model, pairs.batch, objective, schedule, stage, args, tokenizer, alarm)
+    if schedule is not None:
+        model = model_from(state, args.run, ranks, device)
+        pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed)
+        add_reference(pairs, model)
+        fit_stage(model, pairs.batch, objective, schedule, stage, args, tokenizer, alarm)
     if ranks is not None:
         torch.distributed.destroy_process_group()
 

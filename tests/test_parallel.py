@@ -409,11 +409,23 @@ def test_preferences_need_whole_rows(axis, micro_model, micro_tokenizer, tmp_pat
         ("ep=3", 3, "ep=3 must divide n_experts, which is 16"),
         ("tp=8", 8, "tp=8 must divide n_kv_heads, which is 4"),
         ("", 3, "dp x cp = 3 must divide dim, which is 128"),
+        ("pp=2,vpp=2", 2, "pp x vpp = 4 is more than n_layers, which is 3"),
     ],
 )
 def test_layouts_that_cannot_be_are_named(text, world, message):
     with pytest.raises(ValueError, match=message):
         layout_of(text, world, CONFIGS["tiny"])
+
+
+def test_batches_that_cannot_be_spread_or_cut_are_named():
+    ranks = argparse.Namespace(count=4, index=3, layout=Layout(cp=2))
+    pair_of_rows = {"weights": torch.zeros(4, 2), "tokens": torch.arange(8).view(8, 1)}
+    assert Ranks.take(ranks, pair_of_rows)["tokens"].flatten().tolist() == [3, 7]
+    with pytest.raises(InputError, match="a batch of 3 rows cannot be spread over 4 ranks"):
+        Ranks.take(ranks, {"weights": torch.zeros(3, 2)})
+    assert Ranks.order(ranks, 8, "cpu").tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    with pytest.raises(InputError, match="a row of 6 tokens cannot be cut into 2 x cp = 4 equal parts"):
+        Ranks.order(ranks, 6, "cpu")
 
 
 def test_parallel_without_torchrun_says_how_to_start(script, tmp_path):
