@@ -1,7 +1,8 @@
 """What the drills teach, and what is left of it when a mixture follows (data/tasks.py).
 
 The stages of a run that was tuned with drills answer new conversations of each kind, in the words of the training world; a
-conversation's earlier answers are given. An answer is right where each of its tokens is the likeliest one.
+conversation's earlier answers are given. An answer is right where each of its tokens is the likeliest one. And how many of the
+tokenizer's tokens stand in no answer that drills and sft2 train on: the output layer only learns to avoid these.
 
     bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after an hour and a quarter
 """
@@ -17,13 +18,16 @@ import torch
 import cli
 from benchmarks.vocabulary import RESULTS
 from data.market import LANGUAGES
-from data.tasks import CONVERSATIONS
+from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, training
 from generate import load_for_inference
 from report import table
+from sft import chat_of
 from train import assemble
 
 KINDS = ("echo", "recital", "functions", "rules", "word_pairs", "number_pairs", "fitting", "sameness", "listing", "shelf")
 STAGES, EACH = ("sft1", "drills", "sft2"), 8  # conversations of a kind and language
+MADE = 3750  # training conversations of a language and stage in which answers' tokens are counted: 60,000 in all
+WITHOUT = (("functions",), ("recital",), ("recital", "functions"))
 
 
 def answers_right(model, tokenizer, kind):
@@ -34,7 +38,7 @@ def answers_right(model, tokenizer, kind):
         rng.phrasings = math.inf
         for _ in range(EACH):
             task = CONVERSATIONS[kind](lang, rng, "train")
-            ids, mask = tokenizer.encode_chat([*task["messages"], {"role": "assistant", "content": task["answer"]}])
+            ids, mask = tokenizer.encode_chat(chat_of(task, thinking=False))
             batch = assemble([[(ids, mask)]], len(ids))
             wrong = (model(batch["tokens"]).argmax(-1) != batch["targets"])[0].numpy()
             learnt = np.flatnonzero(batch["weights"][0])
@@ -43,9 +47,23 @@ def answers_right(model, tokenizer, kind):
     return float(np.mean(right))
 
 
+def never_an_answer(tokenizer, without=()):
+    """How many tokens no answer of the training conversations has, some kinds of these left out."""
+    seen = set()
+    for shares in (DRILLS, AFTER_DRILLS):
+        for task in training(0, MADE, {kind: share for kind, share in shares.items() if kind not in without}):
+            ids, mask = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
+            seen.update(token for token, learnt in zip(ids, mask, strict=True) if learnt)
+    return tokenizer.n_vocab - len(seen)
+
+
 def tables(results):
     rows = [[stage, *(f"{100 * results[stage][kind]:.0f}" for kind in KINDS)] for stage in STAGES]
-    return {"kinds": table(rows, ["right answers, %", *KINDS])}
+    never = [[arm, f"{n:,}"] for arm, n in results["never"].items()]
+    return {
+        "kinds": table(rows, ["right answers, %", *KINDS]),
+        "never": table(never, ["conversations trained on", f"of {results['tokens']:,} tokens never in an answer"]),
+    }
 
 
 def main():
@@ -55,9 +73,11 @@ def main():
         for stage in STAGES:
             model, tokenizer = load_for_inference(args.run, torch.device("cpu"), stage)
             results[stage] = {kind: answers_right(model, tokenizer, kind) for kind in KINDS}
+    results["tokens"] = tokenizer.n_vocab
+    results["never"] = {"all": never_an_answer(tokenizer), **{f"without {' and '.join(w)}": never_an_answer(tokenizer, w) for w in WITHOUT}}
     with open(os.path.join(RESULTS, "drills.json"), "w") as file:
         json.dump(results, file, indent=1)
-    print(tables(results)["kinds"])
+    print("\n\n".join(tables(results).values()))
 
 
 if __name__ == "__main__":
