@@ -20,7 +20,7 @@ import sys
 from tqdm import tqdm
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import RESULTS
 from checkpoint import STAGES, write_atomically
 from report import accuracy_table, thinking_table
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 import cli
+from benchmarks import RESULTS, keep
 from benchmarks.tuning import train
-from benchmarks.vocabulary import RESULTS
 from data.preferences import preferences
 from data.scorers import SCORERS
 from data.tasks import fingerprint, tasks
@@ -153,8 +153,7 @@ def main():
     judge = reward_judge(reward_model, tokenizer)
     for name, arm in (("hardest wrong", judge), ("random wrong", random_wrong(judge, random.Random(0)))):
         results["rounds"][name] = rounds(name, model, reward_model, tokenizer, test, arm)
-        with open(os.path.join(RESULTS, "alignment.json"), "w") as file:
-            json.dump(results, file, indent=1)
+    keep("alignment", results)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ settings; it has no ungated shared experts, so our model has none here. Arms tak
     python -m benchmarks.alignment_speed      # about two minutes
 """
 
-import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 
 import cli
+from benchmarks import keep
 from benchmarks.moe import medians, twin
-from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from dpo import EXPLORING
 from generate import generate
@@ -119,8 +117,7 @@ def main():
         for name, value in seconds.items():
             print(f"{what:27} {name:36} {value:8.3f} s")
         print(f"{what:27} the best peer takes {min(peers) / ours:.1f} times as long\n")
-    with open(os.path.join(RESULTS, "alignment_speed.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("alignment_speed", results)
 
 
 if __name__ == "__main__":

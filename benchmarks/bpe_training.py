@@ -13,7 +13,8 @@ import sys
 import time
 
 import cli
-from benchmarks.vocabulary import RESULTS, split_corpus
+from benchmarks import keep
+from benchmarks.vocabulary import split_corpus
 from report import table
 from tokenizer import MAIN, PATTERN, train_bpe
 
@@ -80,8 +81,7 @@ def main():
         print(name, results[name], flush=True)
     ratio = results["ours"]["seconds"] / results["sentencepiece"]["seconds"]
     print(f"ours takes {ratio:.1f} times SentencePiece's time")
-    with open(os.path.join(RESULTS, "bpe_training.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("bpe_training", results)
 
 
 if __name__ == "__main__":

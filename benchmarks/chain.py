@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter, defaultdict
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep
 from data import langid, market, noise
 from data.reader import held_out, read_folder
 from report import table
@@ -157,8 +157,7 @@ def main():
         results["languages"] = languages(args.data)
         print(json.dumps(results["languages"]))
         results["speed"] = speed(os.path.join(folder, "speed"), args.data, args.size)
-    with open(os.path.join(RESULTS, "chain.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("chain", results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ documents, clean and damaged.
 
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep
 from compass import CONFIGS, Compass
 from data import dedup, filters, quality
 from data.reader import held_out, read_folder
@@ -98,7 +97,7 @@ def train_and_measure(documents, tokenizer, held, seed):
     torch.manual_seed(seed)
     model = Compass(CONFIGS["tiny"])
     batches = TokenRows(Tokenised(documents, tokenizer), recipe.seq_len, seed).batches(recipe.rows, recipe.micro_rows)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, schedule.beta2)
     for step in tqdm(range(STEPS), leave=False):
         _train_step(model, optimizer, batches(step), language_model_loss, lr_at(step, schedule), torch.device("cpu"))
     model.eval()
@@ -127,8 +126,7 @@ def main():
             "difference": float(gain.mean()), "spread": float(gain.std(ddof=1)),
         }  # fmt: skip
         print(name, json.dumps(results[name]), flush=True)
-    with open(os.path.join(RESULTS, "data_quality.json"), "w") as file:
-        json.dump(results, file, indent=1, ensure_ascii=False)
+    keep("data_quality", results)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ tokenizer's tokens stand in no answer that drills and sft2 train on: the output 
     bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after an hour and a quarter
 """
 
-import json
 import math
-import os
 import random
 
 import numpy as np
 import torch
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep
 from data.market import LANGUAGES
 from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, training
 from generate import load_for_inference
@@ -75,8 +73,7 @@ def main():
             results[stage] = {kind: answers_right(model, tokenizer, kind) for kind in KINDS}
     results["tokens"] = tokenizer.n_vocab
     results["never"] = {"all": never_an_answer(tokenizer), **{f"without {' and '.join(w)}": never_an_answer(tokenizer, w) for w in WITHOUT}}
-    with open(os.path.join(RESULTS, "drills.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("drills", results)
     print("\n\n".join(tables(results).values()))
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import RESULTS, finished, keep, keep_finished
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte
@@ -36,7 +36,6 @@ from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
 STEPS, SEEDS = 200, 3
-LOG = os.path.join(RESULTS, "experts.jsonl")
 TINY = "fine-grained, 16 of 64 top-4 + 2 shared"
 
 
@@ -90,7 +89,7 @@ def run(config, router, tokenised, tokenizer, held, seed):
     torch.manual_seed(seed)
     model = Compass(config)
     batches = TokenRows(tokenised, recipe.seq_len, seed).batches(recipe.rows, recipe.micro_rows)
-    optimizer, seconds, last = make_optimizer(model), [], []
+    optimizer, seconds, last = make_optimizer(model, schedule.beta2), [], []
     for step in tqdm(range(STEPS), leave=False):
         first, final = schedule.router
         model.router_scale = first + (final - first) * step / max(1, STEPS - 1)
@@ -180,21 +179,16 @@ def main():
     documents = list(market.documents("general", 0, per_language=800))
     held = list(market.documents("general", 0, "test", per_language=40))
     tokenizer = train_tokenizer(documents, CONFIGS["tiny"].vocab_size)
-    tokenised, runs = Tokenised(documents, tokenizer), []
-    if os.path.exists(LOG):
-        with open(LOG) as file:
-            runs = [json.loads(line) for line in file]
+    tokenised, runs = Tokenised(documents, tokenizer), finished("experts")
     done = {(r["experiment"], r["arm"], r["seed"]) for r in runs}
     for (experiment, arm), (config, router) in arms().items():
         for seed in range(SEEDS):
             if (experiment, arm, seed) not in done:
                 runs.append({"experiment": experiment, "arm": arm, "seed": seed, **run(config, router, tokenised, tokenizer, held, seed)})
                 print(json.dumps(runs[-1]), flush=True)
-                with open(LOG, "a") as file:
-                    file.write(json.dumps(runs[-1]) + "\n")
+                keep_finished("experts", runs)
     results = summary(runs)
-    with open(os.path.join(RESULTS, "experts.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("experts", results)
     plot(results, os.path.join(RESULTS, "experts.png"))
     for experiment, rows in results.items():
         for arm, figures in rows.items():

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 import cli
+from benchmarks import RESULTS, finished, keep, keep_finished, kept
 from benchmarks.moe import medians, twin
-from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass, CompassConfig, count_parameters
 from data import market
 from engine import Engine, Sampling
@@ -40,7 +40,6 @@ from tokenizer import Tokenizer, train_bpe
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
-LOG = os.path.join(RESULTS, "generation.jsonl")
 FREE = Sampling(temperature=1.0, top_k=0, top_p=1.0, repetition=1.0)
 ROUNDS, STEPS, SEEDS = 3, 200, 3
 
@@ -180,18 +179,14 @@ def mtp():
     """The runs that the log lacks, then their summary."""
     documents = list(market.documents("general", 0, per_language=800))
     held = list(market.documents("general", 0, "test", per_language=40))
-    tokenizer, runs = train_tokenizer(documents, CONFIGS["tiny_v3"].vocab_size), []
+    tokenizer, runs = train_tokenizer(documents, CONFIGS["tiny_v3"].vocab_size), finished("generation")
     tokenised = Tokenised(documents, tokenizer)
-    if os.path.exists(LOG):
-        with open(LOG) as file:
-            runs = [json.loads(line) for line in file]
     for seed in range(SEEDS):
         for depth in (1, 0):
             if not any((run["depth"], run["seed"]) == (depth, seed) for run in runs):
                 runs.append({"depth": depth, "seed": seed, **mtp_run(depth, seed, tokenised, tokenizer, held)})
                 print(json.dumps(runs[-1]), flush=True)
-                with open(LOG, "a") as file:
-                    file.write(json.dumps(runs[-1]) + "\n")
+                keep_finished("generation", runs)
     runs.sort(key=lambda run: (run["depth"], run["seed"]))
     off, on = runs[:SEEDS], runs[SEEDS:]
     difference = [b["bits"] - a["bits"] for a, b in zip(off, on, strict=True)]
@@ -254,19 +249,13 @@ def tables(results):
 def main():
     parts = {"peers": peers, "concurrency": concurrency, "bandwidth": bandwidth, "length": length, "mtp": mtp}
     args = cli.parse(__doc__, "stage", stage=dict(choices=list(parts), default=None, help="one part (default: all)"))
-    path = os.path.join(RESULTS, "generation.json")
-    results = {}
-    if os.path.exists(path):
-        with open(path) as file:
-            results = json.load(file)
+    results = kept("generation")
     for name in parts if args.stage is None else (args.stage,):
         results[name] = parts[name]()
         results.setdefault("threads", {})[name] = torch.get_num_threads()
-        results = json.loads(json.dumps(results))  # its keys are text now, as they will be when read again
-        with open(path, "w") as file:
-            json.dump(results, file, indent=1)
+        results = keep("generation", results)
     if {"concurrency", "length"} <= results.keys():
-        plot(results, path.replace(".json", ".png"))
+        plot(results, os.path.join(RESULTS, "generation.png"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ plain text 0.03. Three seeds of initialisation and data; finished ones are kept 
 """
 
 import dataclasses
-import json
 import os
 import random
 
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 
 import cli
+from benchmarks import RESULTS, finished, keep, keep_finished
 from benchmarks.tuning import train
-from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte, retrieval
@@ -28,7 +27,6 @@ from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
 SEEDS, STEPS, LONG_STEPS = 3, 3000, 300
-LOG = os.path.join(RESULTS, "long_context.jsonl")
 LENGTHS = (128, 256, 512, 1024, 1536, 2048)
 
 
@@ -116,21 +114,16 @@ def main():
     documents = [document for document in market.documents("general", 0, per_language=3000) if document["lang"] == "en"]
     held = [document for document in market.documents("general", 0, "test", per_language=100) if document["lang"] == "en"]
     tokenizer = train_tokenizer(documents, CONFIGS["tiny"].vocab_size)
-    tokenised, runs = Tokenised(documents, tokenizer), []
-    if os.path.exists(LOG):
-        with open(LOG) as file:
-            runs = [json.loads(line) for line in file]
+    tokenised, runs = Tokenised(documents, tokenizer), finished("long_context")
     for seed in range(len(runs), SEEDS):
         runs.append(one_seed(tokenised, tokenizer, held, seed))
         for name, figures in runs[-1].items():
             by_length = np.mean(figures["needles"], axis=1)
             print(f"seed {seed}, {name}: bits per byte {figures['bits']:.4f}; needles", *(f"{value:.2f}" for value in by_length),
                   "; lines", *(f"{value:.2f}" for value in figures["lines"]), flush=True)  # fmt: skip
-        with open(LOG, "a") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
+        keep_finished("long_context", runs)
     results = {name: [run[name] for run in runs] for name in runs[0]}
-    with open(os.path.join(RESULTS, "long_context.json"), "w") as file:
-        json.dump(results, file)
+    keep("long_context", results)
     plot(results, os.path.join(RESULTS, "long_context.png"))
 
 

@@ -9,7 +9,6 @@ experts implementations and optimizer settings alike; its best counts. Arms take
 
 import dataclasses
 import json
-import os
 import statistics
 import time
 
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep
 from compass import CONFIGS, Compass, count_parameters
 from kernels import permute, permute_reference, unpermute, unpermute_reference
 from moe import MoE
@@ -217,8 +216,7 @@ def main():
     results["layer by number of experts, 16384 tokens"] = medians(by_experts)
     results["permute and unpermute"] = medians(permute_arms())
     print(json.dumps(results, indent=1))
-    with open(os.path.join(RESULTS, "moe.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("moe", results)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ steps of language modelling on the general documents first.
 """
 
 import dataclasses
-import json
-import os
 import time
 
 import numpy as np
 import torch
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep, kept
 from compass import CONFIGS, Compass, CompassConfig
 from data import reader
 from data.tasks import training
@@ -75,8 +73,7 @@ def main():
     documents = list(reader.documents(None, "general", 0))
     tokenizer = train_tokenizer(documents, TINY.vocab_size)
     chats = Chats(curriculum("sft2", training(0, 20_000), 0), tokenizer, TINY.max_seq_len, 0)
-    path = os.path.join(RESULTS, "optimizer.json")
-    results = json.load(open(path)) if os.path.exists(path) else {}
+    results = kept("optimizer")
     for name, (config, peak, rows, beta2, before) in ARMS.items():
         if args.arms not in (None, name):
             continue
@@ -91,8 +88,7 @@ def main():
         losses, seconds = train(model, rows_of(chats, rows), sft_loss, steps, schedule)
         results[name] = {"loss at quarters": losses, "seconds": seconds + spent}
         print(f"{name:45} {losses} {seconds + spent} s", flush=True)
-        with open(path, "w") as file:
-            json.dump(results, file, indent=1)
+        keep("optimizer", results)
 
 
 if __name__ == "__main__":

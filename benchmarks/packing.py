@@ -13,7 +13,6 @@ Then: how full the bins are on three kinds of lengths, beside trl's and the lowe
 """
 
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -22,8 +21,8 @@ import time
 import torch
 
 import cli
+from benchmarks import keep
 from benchmarks.moe import their_model
-from benchmarks.vocabulary import RESULTS
 from compass import CONFIGS, Compass
 from data import market
 from data.tasks import training
@@ -183,8 +182,7 @@ def main():
     results["packed against trl"] = results["packed"]["valid tokens/s"] / best
     results["bins"] = bins()
     print(json.dumps(results, indent=1))
-    with open(os.path.join(RESULTS, "packing.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("packing", results)
 
 
 if __name__ == "__main__":

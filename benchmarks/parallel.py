@@ -8,7 +8,6 @@ speed, once wholly beside the computation and once wholly after it; the truth li
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep
 from compass import CONFIGS, Compass
 from parallel import Layout, Ranks, parallelize
 from plan import LINK, NETWORK, PEAK_FLOPS, bytes_received, model_flops
@@ -104,8 +103,7 @@ def tables(results):
 def main():
     cli.parse(__doc__)
     result = {"tiny": measured(), "rows": ROWS, "context": T, "v2_30b": computed(), "mfu": MFU, "rows_a_gpu": PLANNED_ROWS}
-    with open(os.path.join(RESULTS, "parallel.json"), "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
+    keep("parallel", result)
 
 
 if __name__ == "__main__":

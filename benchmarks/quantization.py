@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import RESULTS, keep, kept
 from checkpoint import latest_stage, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass
 from data import market
@@ -283,11 +283,7 @@ def main():
     args = cli.parse(
         __doc__, "run", run=dict(default="checkpoints/tiny"), part=dict(default="all", choices=("all", "quality", "speed", "rare"))
     )  # fmt: skip
-    path = os.path.join(RESULTS, "quantization")
-    results = {}
-    if args.part != "all" and os.path.exists(path + ".json"):  # one part measured anew, the others kept
-        with open(path + ".json") as file:
-            results = json.load(file)
+    results = {} if args.part == "all" else kept("quantization")  # one part is measured anew, the others stay
     if args.part in ("all", "speed"):
         results["speed"] = speed()
     if args.part in ("all", "quality", "rare"):
@@ -298,10 +294,8 @@ def main():
             results["quality"] = quality(model, tokenizer, dtype)
         if args.part != "quality":
             results["rare"] = rare(model, tokenizer)
-    results = json.loads(json.dumps(results))  # keys as they will be read again
-    with open(path + ".json", "w") as file:
-        json.dump(results, file, indent=1)
-    plot(results, path + ".png")
+    results = keep("quantization", results)
+    plot(results, os.path.join(RESULTS, "quantization.png"))
     print(json.dumps(results, indent=1))
 
 

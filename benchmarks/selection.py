@@ -6,15 +6,13 @@ held-out tasks. One seed for each arm unless --seeds says more.
     make demo && python -m benchmarks.selection --run runs/demo        # about 12 minutes on two cores
 """
 
-import json
-import os
 import random
 
 import numpy as np
 import torch
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import keep
 from checkpoint import load_latest, load_model
 from data.selection import select
 from data.tasks import fingerprint, tasks, training
@@ -33,7 +31,7 @@ def tune(run, tokenizer, examples, seed):
     model = load_model(load_latest(run, "long", torch.device("cpu")), torch.device("cpu"))
     chats = Chats(curriculum("sft1", examples, seed), tokenizer, model.config.max_seq_len, seed)
     schedule = STAGES["sft1"][1]._replace(steps=STEPS)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, schedule.beta2)
     for step in range(STEPS):
         _train_step(model, optimizer, chats.batch(step), language_model_loss, lr_at(step, schedule), torch.device("cpu"))
     return model.eval()
@@ -65,8 +63,7 @@ def main():
             scores.append(accuracy(test, [answer for _, answer in answer_tasks(model, tokenizer, test)])["overall"])
         results[name] = {"tasks": len(examples), "accuracy": scores, "mean": float(np.mean(scores))}
         print(name, results[name], flush=True)
-    with open(os.path.join(RESULTS, "selection.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("selection", results)
 
 
 if __name__ == "__main__":

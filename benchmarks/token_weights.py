@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import cli
+from benchmarks import RESULTS, keep
 from benchmarks.tuning import train
-from benchmarks.vocabulary import RESULTS
 from data.preferences import preferences
 from data.tasks import fingerprint, tasks
 from dpo import add_reference, token_logprobs
@@ -170,8 +170,7 @@ def main():
             results["arms"][f"{kind}, {name}"] = {"beta": beta, "validation": preferred, "runs": runs}
             shown = (f"{key} {np.mean([run[key] for run in runs]):.3f}±{np.std([run[key] for run in runs], ddof=1):.3f}" for key in runs[0])
             print(f"{kind:9} {name:8} beta {beta:4}", "  ".join(shown), flush=True)
-            with open(os.path.join(RESULTS, "token_weights.json"), "w") as file:
-                json.dump(results, file, indent=1)
+    keep("token_weights", results)
     print(json.dumps({"before": results["before"], "where": results["where"]}, indent=1))
     picture(model, tokenizer, pictured, os.path.join(RESULTS, "token_weights.png"))
 

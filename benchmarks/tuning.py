@@ -13,14 +13,13 @@ paired by seed. Finished seeds are kept in benchmarks/results/tuning.jsonl and n
 
 import copy
 import json
-import os
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
-from benchmarks.vocabulary import RESULTS
+from benchmarks import finished, keep, keep_finished
 from compass import CONFIGS, Compass
 from data import market
 from data.tasks import fingerprint, tasks, training
@@ -31,11 +30,10 @@ from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
 LANGS, SEEDS, SFT1, SFT2 = ("en", "id"), 3, 600, 300
-LOG = os.path.join(RESULTS, "tuning.jsonl")
 
 
 def train(model, batches, loss_fn, schedule, name):
-    optimizer = make_optimizer(model.train())
+    optimizer = make_optimizer(model.train(), schedule.beta2)
     for step in tqdm(range(schedule.steps), desc=name, mininterval=5, leave=False):
         first, final = schedule.router
         model.router_scale = first + (final - first) * step / max(1, schedule.steps - 1)
@@ -107,7 +105,7 @@ def tables(results):
         paired("one stage against two", "one stage", "sft1 then sft2"),
         paired("thoughts against none", "sft1 then sft2", "sft1 then sft2 without thoughts"),
     ]
-    thoughts = {name: (arms[name][f"with_thought {side}"] for side in ("on", "off")) for name in ("sft1 then sft2", "one stage")}
+    thoughts = {name: [arms[name][f"with_thought {side}"] for side in ("on", "off")] for name in ("sft1 then sft2", "one stage")}
     switch = [[name, *(spread(values, 0) for values in sides)] for name, sides in thoughts.items()]
     return {
         "arms": table(rows, ["accuracy, %", "seeds", "mean ± standard deviation"]),
@@ -124,10 +122,7 @@ def main():
     tokenizer = train_tokenizer(documents["general"], CONFIGS["tiny"].vocab_size)
     examples = [task for task in training(0, 7000) if task["id"].split("-")[1] in LANGS]
     test = [task for task in tasks("test", 0, 10) if task["lang"] in LANGS]
-    runs = []
-    if os.path.exists(LOG):
-        with open(LOG) as file:
-            runs = [json.loads(line) for line in file]
+    runs = finished("tuning")
     for seed in range(SEEDS):
         if sum(run["seed"] == seed for run in runs) == 7:
             continue
@@ -135,8 +130,7 @@ def main():
         for arm, model, thinking in arms(base_model(documents, tokenizer, seed), examples, tokenizer, seed):
             runs.append({"arm": arm, "seed": seed, **figures(model, tokenizer, test, thinking)})
             print(json.dumps(runs[-1]), flush=True)
-        with open(LOG, "w") as file:
-            file.writelines(json.dumps(run) + "\n" for run in runs)
+        keep_finished("tuning", runs)
     reference = {run["seed"]: run for run in runs if run["arm"] == "sft1, answers only"}
     made = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -145,8 +139,7 @@ def main():
         made[arm] = {name: [run[name] for run in mine] for name in names}
         made[arm]["all against sft1"] = [run["all"] - reference[run["seed"]]["all"] for run in mine]
         print(f"{arm:34}", "  ".join(f"{name} {np.mean(v):.3f}±{np.std(v, ddof=1):.3f}" for name, v in made[arm].items()))
-    with open(os.path.join(RESULTS, "tuning.json"), "w") as file:
-        json.dump({"tasks_hash": fingerprint(test), "languages": LANGS, "arms": made}, file, indent=1)
+    keep("tuning", {"tasks_hash": fingerprint(test), "languages": LANGS, "arms": made})
 
 
 if __name__ == "__main__":

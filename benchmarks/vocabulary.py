@@ -10,7 +10,6 @@ same size trained on everything at once. The public vocabularies come from their
 """
 
 import glob
-import json
 import os
 import random
 import time
@@ -23,6 +22,7 @@ import matplotlib.pyplot as plt
 import tiktoken
 
 import cli
+from benchmarks import RESULTS, keep
 from data.reader import held_out, read_folder
 from report import save, table
 from tokenizer import (
@@ -42,7 +42,6 @@ from tokenizer import (
 
 SIZE, TUNED = 180_000 - len(SPECIAL_TOKENS), (120, 60, 50)
 LANGUAGES = MAIN + EUROPEAN
-RESULTS = os.path.join(os.path.dirname(__file__), "results")
 
 
 def split_corpus(folder):
@@ -163,10 +162,8 @@ def main():
             sample = [text for lang in LANGUAGES for text in held[lang]]
             speed = {"ours": megabytes_per_second(tokenizer.encode, sample), "tiktoken": megabytes_per_second(bare.encode_ordinary, sample)}
             print(f"encoding, MB/s: {speed}")
-    os.makedirs(RESULTS, exist_ok=True)
     results = {"table": measured, "encoding_MB_per_s": speed}
-    with open(os.path.join(RESULTS, "vocabulary.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    keep("vocabulary", results)
     plot(results, os.path.join(RESULTS, "vocabulary.png"))
     print(f"{RESULTS}/vocabulary.json, vocabulary.png")
 
