@@ -29,8 +29,9 @@ bench: .venv/bench
 # Finished trainings in the .jsonl files would not be repeated; benchmarks.alignment starts from a reward model.
 bench-full: .venv/bench demo
 	rm -f benchmarks/results/*.jsonl
-	[ -d runs/alignment ] || cp -r checkpoints/tiny runs/alignment
-	.venv/bin/python reward.py --run runs/alignment --resume
+	rm -rf runs/alignment
+	cp -r checkpoints/tiny runs/alignment
+	.venv/bin/python reward.py --run runs/alignment
 	cp runs/demo/report.json benchmarks/results/demo.json
 	.venv/bin/python -m benchmarks --full $(if $(DATA),--data "$(DATA)") $(if $(PEERS),--peers "$(PEERS)")
 

@@ -41,7 +41,8 @@ def chats(test, answers):
 
 
 def best_of_samples(run, model, tokenizer, test):
-    """{reward model: {"pairs": accuracy on held-out pairs, "best of n": {n: accuracy}}} for the members and their average; and pass@n."""
+    """{reward model: {"pairs": accuracy on held-out pairs, "best of n": {n: accuracy}, "error": {n: standard error, over the tasks, of the
+    difference from n = 1}}} for the members and their average; and pass@n."""
     _, completions = sample_answers(model, tokenizer, test, SAMPLES, seed=1)
     answers = [split_thought(completion.text)[1] for completion in completions]
     repeated = [task for task in test for _ in range(SAMPLES)]
@@ -52,7 +53,10 @@ def best_of_samples(run, model, tokenizer, test):
     for name in ("reward", *(f"reward/{member}" for member in range(1, len(MEMBERS) + 1))):
         judge = load_reward_model(run, torch.device("cpu"), name)[0]
         rewards_PN = torch.tensor(rewards(judge, tokenizer, chats(repeated, answers))).view(len(test), SAMPLES)
-        found[name] = {"pairs": pair_accuracy(judge, held), "best of n": best_of_n(rewards_PN, correct_PN)}
+        alone = [best_of_n(*task) for task in zip(rewards_PN.split(1), correct_PN.split(1), strict=True)]
+        gains = {n: np.array([task[n] - task[1] for task in alone]) for n in alone[0]}
+        error = {n: float(gain.std(ddof=1) / len(test) ** 0.5) for n, gain in gains.items()}
+        found[name] = {"pairs": pair_accuracy(judge, held), "best of n": best_of_n(rewards_PN, correct_PN), "error": error}
         print(name, json.dumps(found[name]), flush=True)
     return found
 
@@ -129,6 +133,9 @@ def tables(results):
             curve = (f"{100 * value:.1f}" for value in judge["best of n"].values())
             label = "average" if name == "reward" else name.replace("reward/", "member ")
             best.append([label, f"{100 * judge['pairs']:.1f}", *curve])
+    means, errors = found["reward"]["best of n"], found["reward"]["error"]
+    against = (f"{100 * (means[n] - means['1']):+.1f} ± {100 * errors[n]:.1f}" for n in means)
+    best.append(["average, against n = 1 (standard error)", "", *against])
     rows = []
     for name, history in results["rounds"].items():
         for turn, r in enumerate(history):
