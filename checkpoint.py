@@ -66,6 +66,8 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="",
         buffer,
     )  # fmt: skip
     payload = buffer.getvalue()
+    if os.path.isdir(path):
+        discard(path)
     write_atomically(path, payload + hashlib.sha256(payload).digest())
 
 
@@ -156,7 +158,7 @@ def load_latest(run, stage, device="cpu", weights=True):
     paths = checkpoints(run, stage)
     for path in paths:
         try:
-            return load_checkpoint(path, device, weights)
+            return {**load_checkpoint(path, device, weights), "stage": stage}  # the folder's name, where someone has renamed it
         except InputError as error:
             print(f"{error}; trying the one before it")
     problem = "holds no intact checkpoint" if paths else "not found"
@@ -191,6 +193,16 @@ def load_model(state, device="cpu", **changes):
     return model.to(device)
 
 
+def refuse_another(state, model, tokenizer_hash):
+    """Raise InputError where a stage to be resumed was begun with another tokenizer or config."""
+    config, begun = dataclasses.asdict(model.config), state["config"]
+    changed = [f"{name} {begun[name]}, now {value}" for name, value in config.items() if begun.get(name, value) != value]
+    if state["tokenizer_hash"] != tokenizer_hash:
+        changed.append(f"tokenizer {state['tokenizer_hash'][:12]}, now {tokenizer_hash[:12]}")
+    if changed:
+        raise InputError(f"{state['stage']} was begun otherwise ({'; '.join(changed)}): it cannot be resumed so")
+
+
 def inherit(state, tokenizer, to_train=False):
     """Print what a later stage takes over; refuse another tokenizer than the one the weights were trained with, and to train on
     what was stopped halfway."""
@@ -211,10 +223,15 @@ def inherit(state, tokenizer, to_train=False):
     )
 
 
+def discard(path):
+    """Delete a checkpoint, a file or a folder of shards."""
+    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
 def prune(run, stage):
     """Delete all but the newest KEEP checkpoints of a stage."""
     for path in checkpoints(run, stage)[KEEP:]:
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        discard(path)
 
 
 def read_metrics(run):

@@ -21,6 +21,7 @@ FLAGS = {
     "parallel": dict(help="layout of the processes torchrun started, as in ep=2,cp=2: pp, dp, cp, ep, tp, vpp; dp takes the rest"),
     "seed": dict(type=int, default=0, help="seed of initialisation, data order and sampling"),
 }
+MAY_BE_ZERO = ("seed", "rounds", "budget")  # all other whole numbers are at least 1
 
 
 class InputError(ValueError):
@@ -36,10 +37,9 @@ def parse(doc, *names, argv=None, **extra):
     for name, settings in extra.items():
         parser.add_argument(name if "nargs" in settings else f"--{name}", **settings)
     args = parser.parse_args(argv)
-    if getattr(args, "steps", None) is not None and args.steps < 1:
-        parser.error(f"--steps is {args.steps}, must be at least 1")
-    if getattr(args, "seed", 0) < 0:
-        parser.error(f"--seed is {args.seed}, must be at least 0")
+    for name, value in vars(args).items():
+        if type(value) is int and value < (least := int(name not in MAY_BE_ZERO)):
+            parser.error(f"--{name} is {value}, must be at least {least}")
     return args
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import MANIFEST, MOMENTS, checkpoints, file_sha256, load_checkpoint, read_manifest, verify_shards, write_atomically
+from checkpoint import MANIFEST, MOMENTS, checkpoints, discard, file_sha256, load_checkpoint, read_manifest, verify_shards, write_atomically
 from cli import InputError
 from compass import Compass
 from parallel import packed_orders, sharded_like, unpacked
@@ -47,6 +47,7 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, tokenizer_has
     try:
         dcp.save(tensors, checkpoint_id=temporary)
     except CheckpointException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
         raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
     files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
@@ -64,6 +65,8 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, tokenizer_has
             "optimizer_steps": steps, "files": files,
         }  # fmt: skip
         write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
+        if os.path.exists(path):  # torn, passed over when the run was resumed
+            discard(path)
         os.rename(temporary, path)
     dist.barrier()
 

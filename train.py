@@ -25,15 +25,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import (
-    checkpoints,
-    inherit,
-    load_latest,
-    load_model,
-    prune,
-    rewind_metrics,
-    save_checkpoint,
-)  # fmt: skip
+from checkpoint import checkpoints, inherit, load_latest, load_model, prune, refuse_another, rewind_metrics, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig, config_named
 from data import reader
@@ -221,16 +213,17 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     if checkpoints(run, stage):
         if not resume:
             raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
+        state = load_latest(run, stage, weights=not ranks.several)
+        refuse_another(state, model, tokenizer_hash)
         if ranks.several:
-            start = resharding.restore_latest(run, stage, model, optimizer)["step"]
+            state = resharding.restore_latest(run, stage, model, optimizer)
+        elif state["optimizer"] is None:
+            raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
         else:
-            state = load_latest(run, stage)
-            if state["optimizer"] is None:
-                raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
-            del state
+        start = state["step"]
+        del state
         print(f"{stage}: resumed at step {start}")
     if ranks.writes:
         rewind_metrics(run, stage, start)

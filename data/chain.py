@@ -173,8 +173,6 @@ def main():
         step=dict(required=True, choices=(*STEPS, "dedup", "report")),
         keep=dict(type=int, default=1, help="dedup: copies to keep of a repeated document whose quality is good"),
     )  # fmt: skip
-    if args.keep < 1:
-        raise InputError(f"--keep is {args.keep}, must be at least 1")
     if args.step == "report":
         print(write_report(args.data, args.out))
         return

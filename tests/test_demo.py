@@ -132,10 +132,11 @@ def test_every_script_explains_itself(script):
     assert "30.13B" in script("compass.py").stdout
 
 
-@pytest.mark.parametrize("flag,value", [("seed", -1), ("steps", 0)])
+@pytest.mark.parametrize("flag,value", [("seed", -1), ("steps", 0), ("samples", 0), ("gpus", -8)])
 def test_numbers_out_of_range_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit):
-        cli.parse("", flag, argv=[f"--{flag}", str(value)])
+        extra = {} if flag in cli.FLAGS else {flag: dict(type=int, default=1)}
+        cli.parse("", *({flag} - {*extra}), argv=[f"--{flag}", str(value)], **extra)
     assert f"--{flag} is {value}, must be at least" in capsys.readouterr().err
 
 

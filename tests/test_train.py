@@ -131,6 +131,14 @@ def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
         resharding.restore(checkpoints(tmp_path, "general")[0], micro_model, make_optimizer(micro_model))
 
 
+def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
+    train(micro_config, rows, tmp_path, steps=6, tokenizer_hash="one")
+    for config, tokenizer in ((micro_config, "another"), (dataclasses.replace(micro_config, top_k=1, norm_eps=1e-5), "one")):
+        with pytest.raises(ValueError, match="tokenizer one, now another" if tokenizer == "another" else "top_k 2, now 1; norm_eps"):
+            train(config, rows, tmp_path, steps=None, resume=True, tokenizer_hash=tokenizer)
+    train(micro_config, rows, tmp_path, steps=None, resume=True, tokenizer_hash="one")
+
+
 def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys):
     straight = train(micro_config, rows, tmp_path, steps=None)
     newest, older = checkpoints(tmp_path, "general")
