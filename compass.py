@@ -116,9 +116,7 @@ def document_mask(doc_ids_BT):
     """
     B, T = doc_ids_BT.shape
     if doc_ids_BT.is_cuda:
-        return create_block_mask(
-            lambda b, h, q, k: (q >= k) & (doc_ids_BT[b, q] == doc_ids_BT[b, k]), B, None, T, T, doc_ids_BT.device
-        )
+        return create_block_mask(lambda b, h, q, k: (q >= k) & (doc_ids_BT[b, q] == doc_ids_BT[b, k]), B, None, T, T, doc_ids_BT.device)
     row_and_doc_N = (torch.arange(B).unsqueeze(1) * (doc_ids_BT.max() + 2) + doc_ids_BT).flatten()
     return torch.unique_consecutive(row_and_doc_N, return_counts=True)[1].tolist()
 

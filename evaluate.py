@@ -33,6 +33,7 @@ from data.scorers import SCORERS
 from data.tasks import ECOMMERCE, fingerprint, tasks
 from generate import GREEDY, Sampling, generate, load_for_inference, split_thought
 from report import plot_accuracy, plot_load, plot_losses, plot_needles, stage_losses, write_report
+from train import assemble, losses_of
 
 PRETRAINING = ("general", "anneal", "market", "reasoning", "extend", "long", "mtp")  # these answer plain text, not chats
 BASE = "long"  # the one that is evaluated
@@ -109,15 +110,11 @@ def bits_per_byte(model, tokenizer, documents, rows=16):
         bits = nbytes = 0
         group = sorted((piece for piece in group if len(piece) > 1), key=len)
         for start in range(0, len(group), rows):
-            batch = group[start : start + rows]
-            width = len(batch[-1])
-            tokens_BT = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=device)
-            doc_ids_BT = torch.tensor([[0] * len(ids) + [-1] * (width - len(ids)) for ids in batch], device=device)
-            weights_BT = (doc_ids_BT.roll(-1, 1) == 0).float()
-            weights_BT[:, -1] = 0
-            losses = model.loss(tokens_BT, tokens_BT.roll(-1, 1), weights_BT, doc_ids_BT=doc_ids_BT)
-            bits += losses.lm.item() * weights_BT.sum().item() / np.log(2)
-            nbytes += sum(len(tokenizer.encoding.decode_bytes(ids[1:])) for ids in batch)
+            part = group[start : start + rows]
+            batch = assemble([[(ids, [1] * len(ids))] for ids in part], len(part[-1]))
+            losses = losses_of(model, {name: x.to(device) for name, x in batch.items()})
+            bits += losses.lm.item() * batch["weights"].sum().item() / np.log(2)
+            nbytes += sum(len(tokenizer.encoding.decode_bytes(ids[1:])) for ids in part)
         if nbytes:
             result[lang] = bits / nbytes
     return result

@@ -54,14 +54,13 @@ def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64, stops=(), dr
         raise InputError(f"n is {n}, max_rows {max_rows}: both must be at least 1")
     if not ids:
         return []
-    with eval_mode(model):
-        slots = max(map(len, ids)) + max(1, sampling.max_tokens)
-        engine = Engine(model, tokenizer, min(max_rows, len(ids) * n), slots, draft)
-        requests = [None] * (len(ids) * n)
-        for i in sorted(range(len(requests)), key=lambda i: (len(ids[i // n]), i)):  # like lengths decode together
-            requests[i] = engine.submit(ids[i // n], sampling, i % n, stops, f"prompt {i // n}")
-            refuse(requests[i])
-        engine.run()
+    slots = max(map(len, ids)) + max(1, sampling.max_tokens)
+    engine = Engine(model, tokenizer, min(max_rows, len(ids) * n), slots, draft)
+    requests = [None] * (len(ids) * n)
+    for i in sorted(range(len(requests)), key=lambda i: (len(ids[i // n]), i)):  # like lengths decode together
+        requests[i] = engine.submit(ids[i // n], sampling, i % n, stops, f"prompt {i // n}")
+        refuse(requests[i])
+    engine.run()
     for request in requests:
         refuse(request)
     return [Completion(r.text, r.ids, r.logprobs, r.stopped) for r in requests]
@@ -72,31 +71,20 @@ def refuse(request):
         raise InputError(request.error)
 
 
-@contextlib.contextmanager
-def eval_mode(model):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def stream(model, tokenizer, prompt, sampling, stops=()):
     """Yield the text of one answer in pieces of whole characters as it is made; drafts with the MTP blocks where the model has them.
 
     prompt: token ids or a string. Leaving the loop early ends the answer. Raises InputError like `generate`.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    with eval_mode(model):
-        engine = Engine(model, tokenizer, 1, len(ids) + max(1, sampling.max_tokens), draft=model.config.mtp_depth > 0)
-        request = engine.submit(ids, sampling, stops=stops)
+    engine = Engine(model, tokenizer, 1, len(ids) + max(1, sampling.max_tokens), draft=model.config.mtp_depth > 0)
+    request = engine.submit(ids, sampling, stops=stops)
+    refuse(request)
+    while not request.done:
+        engine.step()
         refuse(request)
-        while not request.done:
-            engine.step()
-            refuse(request)
-            if piece := request.new_text(tokenizer):
-                yield piece
+        if piece := request.new_text(tokenizer):
+            yield piece
 
 
 def split_thought(text):

@@ -65,21 +65,20 @@ def pack(lengths, capacity):
         node = free + size
         if tree[node]:
             return free
-        while node > 1:  # climb until a right sibling holds something, then go down its left edge
-            if node % 2 == 0 and tree[node + 1]:
-                node += 1
-                while node < size:
-                    node = 2 * node if tree[2 * node] else 2 * node + 1
-                return node - size
+        while node % 2 or not tree[node + 1]:  # climb until a right sibling holds something, then go down its left edge
             node //= 2
-        return None
+        node += 1
+        while node < size:
+            node = 2 * node if tree[2 * node] else 2 * node + 1
+        return node - size
 
+    add(capacity, 1)  # the bin that will be opened next
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not 0 < lengths[i] <= capacity:
             raise InputError(f"sample {i} has {lengths[i]} tokens; a packed row holds 1 to {capacity}")
         free = smallest_at_least(lengths[i])
-        if free is None:
-            b, free = len(bins), capacity
+        if free == capacity:
+            b = len(bins)
             bins.append([])
         else:
             b = bins_free[free].pop()
@@ -214,8 +213,7 @@ class Chats:
             chosen.append(self.units[self.order[place]])
         rows = chosen if self.packed else [[i] for i in chosen[0]]
         width = self.capacity if self.packed else common_length(max(len(self.samples[i][0]) for i in chosen[0]))
-        names = ("tokens", "targets", "weights", "doc_ids", "positions")
-        batch = dict(zip(names, collate(self.samples, rows, width), strict=True))
+        batch = assemble([[self.samples[i] for i in members] for members in rows], width)
         most = max(map(len, rows))
         domain_of_doc = torch.tensor([[self.domains[i] for i in members] + [0] * (most - len(members)) for members in rows])
         return [{**batch, "domains": domain_of_doc.gather(1, batch["doc_ids"].clamp_min(0))}]

@@ -48,10 +48,7 @@ def bpe(parts, ranks):
     a token that merges never reach.
     """
     while True:
-        best = min(
-            ((ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks),
-            default=None,
-        )
+        best = min(((ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks), default=None)
         if best is None:
             return parts
         i = best[1]
@@ -186,9 +183,7 @@ class Tokenizer:
     def __init__(self, ranks, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
         self.ranks, self.pattern = ranks, pattern
         self.special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
-        self.encoding = tiktoken.Encoding(
-            "compass", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
-        )
+        self.encoding = tiktoken.Encoding("compass", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
         self.n_vocab = len(ranks) + len(self.special)
         self.hash = hashlib.sha256(self._rank_lines() + json.dumps([pattern, self.special]).encode()).hexdigest()
 

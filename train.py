@@ -107,19 +107,14 @@ class TokenRows:
 
         def at(step):
             chosen = range(step * rows, (step + 1) * rows)
-            return [
-                assemble([self.row(i) for i in chosen[m : m + micro_rows]], self.length)
-                for m in range(0, rows, micro_rows)
-            ]
+            return [assemble([self.row(i) for i in chosen[m : m + micro_rows]], self.length) for m in range(0, rows, micro_rows)]
 
         return at
 
 
 def losses_of(model, batch):
     """compass.Losses of a batch."""
-    return model.loss(
-        batch["tokens"], batch["targets"], batch["weights"], doc_ids_BT=batch["doc_ids"], positions_BT=batch["positions"]
-    )
+    return model.loss(batch["tokens"], batch["targets"], batch["weights"], doc_ids_BT=batch["doc_ids"], positions_BT=batch["positions"])
 
 
 def logged(losses):
