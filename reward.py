@@ -22,9 +22,9 @@ from checkpoint import inherit, latest_stage, load_latest, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
-from data.reader import message_faults, read_jsonl
+from data.reader import read_pairs
 from tokenizer import Tokenizer
-from train import Schedule, fit_stage, model_from, precision, processes, stage_schedule
+from train import Schedule, assemble, fit_stage, model_from, precision, processes, stage_schedule
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
 # not which four of the eight
@@ -92,23 +92,6 @@ def reward_loss(model, batch):
     """The loss function for `fit`."""
     chosen_B, rejected_B = model(batch["tokens"], batch["doc_ids"]).chunk(2)
     return bradley_terry_loss(chosen_B, rejected_B), {"accuracy": (chosen_B > rejected_B).float().mean()}
-
-
-def read_pairs(path):
-    """Pairs of a .jsonl file, {messages, chosen, rejected} a line; a line that is none is an error with its number."""
-    if not os.path.isfile(path):
-        raise InputError(f"--data {path}: no such file of pairs")
-    pairs = []
-    for number, pair in read_jsonl(path):
-        for field in ("chosen", "rejected"):
-            if not isinstance(pair.get(field), str):
-                raise InputError(f'{path}:{number}: field "{field}" is missing or no text')
-        for fault in message_faults(pair.get("messages")):
-            raise InputError(f"{path}:{number}: {fault}")
-        pairs.append({"id": str(number), **pair})
-    if not pairs:
-        raise InputError(f"{path}: empty file")
-    return pairs
 
 
 def encode_pairs(pairs, tokenizer):
@@ -187,15 +170,13 @@ def pair_accuracy(model, pairs, rows=32):
 @torch.no_grad()
 def rewards(model, tokenizer, chats, rows=64):
     """The reward of each whole conversation, a list; the last message is the answer that is judged."""
-    encoded, result, device = [tokenizer.encode_chat(chat)[0] for chat in chats], [0.0] * len(chats), next(model.parameters()).device
-    order = sorted(range(len(chats)), key=lambda i: len(encoded[i]))
+    encoded, result, device = [tokenizer.encode_chat(chat) for chat in chats], [0.0] * len(chats), next(model.parameters()).device
+    order = sorted(range(len(chats)), key=lambda i: len(encoded[i][0]))
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
-        width = len(encoded[chosen[-1]])
-        tokens_BT = torch.tensor([encoded[i] + [0] * (width - len(encoded[i])) for i in chosen], device=device)
-        doc_ids_BT = torch.tensor([[0] * len(encoded[i]) + [-1] * (width - len(encoded[i])) for i in chosen], device=device)
+        batch = assemble([[encoded[i]] for i in chosen], len(encoded[chosen[-1]][0]))
         with precision(model, device):
-            rewards_B = model(tokens_BT, doc_ids_BT)
+            rewards_B = model(batch["tokens"].to(device), batch["doc_ids"].to(device))
         for i, reward in zip(chosen, rewards_B.tolist(), strict=True):
             result[i] = reward
     return result

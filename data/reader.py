@@ -1,4 +1,4 @@
-"""Reads any folder of .txt and .jsonl files, or the embedded marketplace when no folder is given; and files of tasks.
+"""Reads any folder of .txt and .jsonl files, or the embedded marketplace when no folder is given; and files of tasks or pairs.
 
 A .txt file is one document; a .jsonl line is {"text": …, "lang"?: …}. The language is the line's "lang", else the
 file's name when it is a language code (th.jsonl), else unknown. Every twentieth document by hash is
@@ -118,6 +118,23 @@ def read_tasks(path):
     if not tasks:
         raise InputError(f"{path}: empty file")
     return tasks
+
+
+def read_pairs(path):
+    """Pairs of a .jsonl file, {messages, chosen, rejected} a line; a line that is none is an error with its number."""
+    if not os.path.isfile(path):
+        raise InputError(f"--data {path}: no such file of pairs")
+    pairs = []
+    for number, pair in read_jsonl(path):
+        for field in ("chosen", "rejected"):
+            if not isinstance(pair.get(field), str):
+                raise InputError(f'{path}:{number}: field "{field}" is missing or no text')
+        for fault in message_faults(pair.get("messages")):
+            raise InputError(f"{path}:{number}: {fault}")
+        pairs.append({"id": str(number), **pair})
+    if not pairs:
+        raise InputError(f"{path}: empty file")
+    return pairs
 
 
 def read_folder(folder):

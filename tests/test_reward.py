@@ -9,6 +9,7 @@ import torch
 
 from checkpoint import save_checkpoint
 from data.preferences import preferences
+from data.reader import read_pairs
 from reward import (
     Pairs,
     RewardModel,
@@ -19,7 +20,6 @@ from reward import (
     encode_pairs,
     load_reward_model,
     pair_accuracy,
-    read_pairs,
     reward_loss,
     rewards,
 )
