@@ -81,11 +81,16 @@ def load_checkpoint(path, device="cpu", weights=True):
         raise InputError(f"{path} not found")
     if os.path.isdir(path):
         return load_shards(path, device) if weights else read_manifest(path)
+    return torch.load(io.BytesIO(payload(path)), map_location=device, weights_only=True)
+
+
+def payload(path):
+    """The bytes of a file without the checksum at its end, which they are compared with."""
     with open(path, "rb") as file:
         content = file.read()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise InputError(f"{path} is torn or foreign: its checksum does not match its content")
-    return torch.load(io.BytesIO(content[:-32]), map_location=device, weights_only=True)
+    return content[:-32]
 
 
 def read_manifest(path):
@@ -111,6 +116,23 @@ def verify_shards(path, files):
             found = None
         if found != expected:
             raise InputError(f"{path} is torn or foreign: the checksum of {name} does not match its content")
+
+
+def fault(path):
+    """Why a checkpoint cannot be used, None where it can. Many ranks ask together, and each reads its share of a folder's files."""
+    several = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    problems = [None] * world
+    try:
+        if os.path.isdir(path):
+            verify_shards(path, list(read_manifest(path)["files"].items())[rank::world])
+        else:
+            payload(path)
+    except InputError as error:
+        problems[rank] = str(error)
+    if several:
+        torch.distributed.all_gather_object(problems, problems[rank])
+    return next(filter(None, problems), None)
 
 
 def load_shards(path, device):
@@ -158,6 +180,8 @@ def load_latest(run, stage, device="cpu", weights=True):
     paths = checkpoints(run, stage)
     for path in paths:
         try:
+            if not weights and (problem := fault(path)):
+                raise InputError(problem)
             return {**load_checkpoint(path, device, weights), "stage": stage}  # the folder's name, where someone has renamed it
         except InputError as error:
             print(f"{error}; trying the one before it")
@@ -193,10 +217,14 @@ def load_model(state, device="cpu", **changes):
     return model.to(device)
 
 
+def changed_fields(begun, config):
+    """["field old, now new", …] of a checkpoint's config (a dict) and another."""
+    return [f"{name} {begun[name]}, now {value}" for name, value in dataclasses.asdict(config).items() if begun.get(name, value) != value]
+
+
 def refuse_another(state, model, tokenizer_hash):
     """Raise InputError where a stage to be resumed was begun with another tokenizer or config."""
-    config, begun = dataclasses.asdict(model.config), state["config"]
-    changed = [f"{name} {begun[name]}, now {value}" for name, value in config.items() if begun.get(name, value) != value]
+    changed = changed_fields(state["config"], model.config)
     if state["tokenizer_hash"] != tokenizer_hash:
         changed.append(f"tokenizer {state['tokenizer_hash'][:12]}, now {tokenizer_hash[:12]}")
     if changed:
@@ -266,8 +294,9 @@ def export(run, folder):
             shutil.copy(os.path.join(run, name), folder)
     kept = [entry for entry in read_metrics(run) if entry.get("step", 0) % LOGGED == 0 or "load" in entry]
     write_atomically(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    origin = {"stage": stage, "step": state["step"], "seed": state["seed"], "commit": commit.stdout.strip() or "not known"}
+    here = os.path.dirname(os.path.abspath(__file__))
+    asked = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    origin = {"stage": stage, "step": state["step"], "seed": state["seed"], "commit": asked or "not known"}
     write_atomically(os.path.join(folder, "origin.json"), json.dumps(origin, indent=1).encode())
     path = os.path.join(folder, stage, f"step_{state['step']}.pt")
     save_checkpoint(
@@ -281,13 +310,20 @@ def main():
     args = cli.parse(__doc__, "run", export=dict(help="folder to write the last stage to, in bf16 and without optimizer"))
     if args.export:
         return export(args.run, args.export)
+    torn = []
     for stage in (*STAGES, "reward", "reward/*", "dpo/*", "otpo/*"):  # members and rounds lie in folders of their own
         for path in checkpoints(args.run, stage):
-            state = load_checkpoint(path)
+            try:
+                state = load_checkpoint(path)
+            except InputError as error:
+                torn.append(str(error))
+                continue
             parameters = sum(t.numel() for t in state["model"].values())
             size = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(path), "**"), include_hidden=True) or [path]))
             print(f"{path}: intact, {parameters / 1e6:.2f}M parameters, seed {state['seed']}, {size / 1e6:.1f} MB")
     print(f"newest stage: {latest_stage(args.run)}")
+    if torn:
+        raise InputError("\n".join(torn))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def run(main):
     try:
         main()
     except (InputError, OSError) as error:
-        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":  # of many ranks with the same input one complains
+        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's ranks with the same input one complains
             print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

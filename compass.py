@@ -244,9 +244,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """sum_n w_n nll_n and nll_N, nll_n = -log softmax(h_n W^T)[target_n], a chunk of rows at a time; gradients are made in the forward."""
 
     @staticmethod
-    def forward(ctx, h_ND, head_VD, target_N, weight_N, rows):
+    def forward(ctx, h_ND, head_VD, target_N, weight_N, rows, training):
         nll_N = torch.empty_like(weight_N)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_grad = training and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         device = h_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
         head = head_VD.to(dtype)  # once, not once a chunk
@@ -276,7 +276,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         dh_ND, dhead_VD = ctx.saved_tensors
-        return dh_ND * grad.to(dh_ND.dtype), dhead_VD * grad, None, None, None
+        return dh_ND * grad.to(dh_ND.dtype), dhead_VD * grad, None, None, None, None
 
 
 def rows_where(mask_N):
@@ -291,7 +291,7 @@ def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=512, total=lam
     """
     use_N = rows_where(weight_N > 0)
     used_N = weight_N[use_N].float()
-    loss, used_nll_N = _ChunkedCrossEntropy.apply(h_ND[use_N], head_VD, target_N[use_N], used_N, rows)
+    loss, used_nll_N = _ChunkedCrossEntropy.apply(h_ND[use_N], head_VD, target_N[use_N], used_N, rows, torch.is_grad_enabled())
     nll_N = torch.zeros_like(weight_N, dtype=torch.float32)
     nll_N[use_N] = used_nll_N
     return loss / total(used_N.sum()).clamp_min(1e-9), nll_N

@@ -13,5 +13,5 @@ python otpo.py --run "$RUN" --resume $STEPS                              # prefe
 python evaluate.py --run "$RUN" ${TASKS:+--tasks $TASKS}                 # report.md, report.json, plots
 python generate.py --run "$RUN" --prompt "What is 27 + 45?"              # an answer at once
 python generate.py --run "$RUN" --prompt "What is 27 + 45?" --think      # the same with thoughts
-[ -d "$RUN-awq" ] || python quantize.py --run "$RUN"                     # int4 by AWQ, into a run folder of its own
+compgen -G "$RUN-awq/*/step_*.pt" > /dev/null || python quantize.py --run "$RUN"    # int4 by AWQ, into a run folder of its own
 python generate.py --run "$RUN-awq" --prompt "What is 27 + 45?" --think  # the same in half the bytes (embedding and head stay)

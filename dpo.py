@@ -29,7 +29,7 @@ from data.tasks import tasks
 from generate import Sampling, generate, split_thought
 from reward import Pairs, load_pairs, load_reward_model, processes_with_whole_rows, rewards
 from sft import chat_of
-from train import Schedule, fit_stage, model_from, precision, stage_schedule
+from train import Schedule, fit_stage, for_width, model_from, precision, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 5e-7
 ROUND = Schedule(60, 1e-4, 0.0, 6)  # of each online round
@@ -220,20 +220,22 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
         prompts, completions = sample_answers(model, tokenizer, examples, SAMPLES, args.seed + turn)
         pairs = Pairs(*label(tokenizer, examples, prompts, completions, judge, off_policy), model.config.max_seq_len, args.seed)
         add_reference(pairs, reference)
-        fit_stage(model, pairs.batch, objective, planned, name, args, tokenizer, alarm)
+        fit_stage(model, pairs.batch, objective, for_width(planned, model.config), name, args, tokenizer, alarm)
 
 
 def tune(stage, objective, args, off_policy=False):
     """Train one preference stage from the run's last sft stage: on pairs, or with --rounds on the run's own answers (`online`)."""
+    if not args.beta > 0:
+        raise InputError(f"--beta is {args.beta}, must be over 0: without the pull there is no reference")
     if args.rounds > 0:
         return online(stage, objective, args, off_policy)
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
     schedule = stage_schedule(stage, args, SCHEDULE)
     if schedule is not None:
         model = model_from(state, args.run, ranks, device)
-        pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed)
+        pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed, ranks)
         add_reference(pairs, model)
-        fit_stage(model, pairs.batch, objective, schedule, stage, args, tokenizer, alarm)
+        fit_stage(model, pairs.batch, objective, for_width(schedule, model.config), stage, args, tokenizer, alarm)
     if ranks is not None:
         torch.distributed.destroy_process_group()
 

@@ -166,7 +166,7 @@ class Engine:
 
     def submit(self, prompt, sampling, sample=0, stops=(), name="the prompt"):
         """Queue a request and return it; a faulty one comes back refused: done, with `error`."""
-        request = Request(tuple(prompt), sampling, sample, tuple(stops))
+        request = Request(tuple(map(int, prompt)), sampling, sample, tuple(stops))
         request.error = self._fault(request, name) or sampling.fault()
         request.done = request.error is not None
         if not request.done:
@@ -179,7 +179,7 @@ class Engine:
     def _fault(self, request, name):
         if not 0 < len(request.prompt) < self.slots:
             return f"{name} has {len(request.prompt)} tokens; 1 to {self.slots - 1} leave room for an answer here"
-        if not all(isinstance(i, int) and 0 <= i < self.tokenizer.n_vocab for i in request.prompt):
+        if not all(0 <= i < self.tokenizer.n_vocab for i in request.prompt):
             return f"{name} holds a token id outside the vocabulary 0..{self.tokenizer.n_vocab - 1}"
         if not all(isinstance(stop, str) and stop for stop in request.stops):
             return f"{name} has an empty stop string"

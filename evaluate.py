@@ -18,13 +18,14 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import STAGES, checkpoints, checksum, latest_stage, read_metrics
+from checkpoint import STAGES, checkpoints, checksum, fault, latest_stage, read_metrics
 from cli import InputError
 from data import reader
 from data.market import LANGUAGES
@@ -126,6 +127,12 @@ def without_text(task):
     return {**task, "messages": messages}
 
 
+def with_room(sampling, tokenizer, tasks):
+    """The sampling, with room for the longest reference and its thought, and a little more."""
+    longest = max((len(tokenizer.encode(task.get("think", "") + task["answer"])) for task in tasks), default=0)
+    return replace(sampling, max_tokens=max(sampling.max_tokens, longest + 32))
+
+
 def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None):
     """[(thought, answer), …] of each task, greedy. thinking: with the think prompt where the task has a "think"; plain: no
     chat template, the contents joined by line breaks and the rest of the line taken (for base models). kept: an `Answers` to
@@ -138,11 +145,11 @@ def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None
             prompts.append(tokenizer.encode_chat(task["messages"], thinking=thinking and "think" in task)[0])
         if len(prompts[-1]) >= model.config.max_seq_len:
             raise InputError(f"task {task['id']}: {len(prompts[-1])} tokens leave no room for an answer in {model.config.max_seq_len}")
-    kept = Answers() if kept is None else kept
+    kept, greedy = Answers() if kept is None else kept, with_room(GREEDY, tokenizer, tasks)
     missing = [prompt for prompt in prompts if kept.key(prompt) not in kept.texts]
     for start in range(0, len(missing), 256):
         part = missing[start : start + 256]
-        kept.add(part, [completion.text for completion in generate(model, tokenizer, part, GREEDY)])
+        kept.add(part, [completion.text for completion in generate(model, tokenizer, part, greedy)])
     texts = [kept.texts[kept.key(prompt)] for prompt in prompts]
     return [("", text.strip().split("\n")[0]) if plain else split_thought(text) for text in texts]
 
@@ -174,7 +181,8 @@ class Answers:
 def best_of_samples(model, tokenizer, tasks, n, seed=0):
     """{"mean@1", "majority@n", "pass@n"} over n answers sampled for each task, thinking where it can."""
     prompts = [tokenizer.encode_chat(task["messages"], thinking="think" in task)[0] for task in tasks]
-    texts = [completion.text for completion in generate(model, tokenizer, prompts, Sampling(temperature=1.0, max_tokens=96, seed=seed), n)]
+    sampling = with_room(Sampling(temperature=1.0, max_tokens=96, seed=seed), tokenizer, tasks)
+    texts = [completion.text for completion in generate(model, tokenizer, prompts, sampling, n)]
     figures = []
     for i, task in enumerate(tasks):
         answers = [split_thought(text)[1] for text in texts[i * n : (i + 1) * n]]
@@ -190,17 +198,24 @@ def interval(hits, n, z=1.96):
     return [(middle - half) / (1 + spread), (middle + half) / (1 + spread)]
 
 
+def interval_of(tasks, hits):
+    """Wilson's interval of the share of hits; equal prompts have equal answers, so that n is n² / Σ count² of the prompts (Kish)."""
+    counts = Counter(json.dumps(task["messages"]) for task in tasks)
+    n = len(tasks) ** 2 / sum(count**2 for count in counts.values())
+    return interval(np.mean(hits) * n, n)
+
+
 def accuracy(tasks, answers):
     """{"overall", "by_group", "by_task", "by_language", "cells", "intervals", "n"}: shares of tasks whose scorer accepts the answer."""
     hits = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(tasks, answers, strict=True)]
-    intervals = {"overall": interval(sum(hits), len(hits))}
+    intervals = {"overall": interval_of(tasks, hits)}
 
     def share(name, key):
         groups = defaultdict(list)
         for task, hit in zip(tasks, hits, strict=True):
-            groups[key(task)].append(hit)
-        intervals[name] = {key: interval(sum(group), len(group)) for key, group in groups.items()}
-        return {key: sum(group) / len(group) for key, group in groups.items()}
+            groups[key(task)].append((task, hit))
+        intervals[name] = {key: interval_of(*zip(*group, strict=True)) for key, group in groups.items()}
+        return {key: float(np.mean([hit for _, hit in group])) for key, group in groups.items()}
 
     return {
         "overall": sum(hits) / len(hits),
@@ -270,7 +285,7 @@ def evaluate_stages(run, device, test, documents, samples):
     stages = [stage for stage in (BASE, "sft1", "sft2", "dpo", "otpo") if checkpoints(run, stage)] or [latest_stage(run)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)
-        kept = Answers(os.path.join(run, "answers.jsonl"), checksum(checkpoints(run, stage)[0]))
+        kept = Answers(os.path.join(run, "answers.jsonl"), checksum(next(path for path in checkpoints(run, stage) if not fault(path))))
         plain, thinks = stage in PRETRAINING, stage not in (*PRETRAINING, "sft1")
         ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
         report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
@@ -301,6 +316,8 @@ def main():
     test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)
     documents = list(reader.documents(args.data, "general", args.seed, "test"))
     report, chats = evaluate_stages(args.run, device, test, documents, args.samples)
+    embedded = "embedded tasks: products and phrasings never seen in training"
+    report["source"] = embedded if args.tasks.isdecimal() else args.tasks
     report["accuracy"]["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100)))
     report["accuracy"]["copy"] = accuracy(test, copied_answers(test))
     metrics = read_metrics(args.run)

@@ -68,6 +68,8 @@ def layout_of(text, world, config):
     if world % rest or sizes.get("dp", world // rest) * rest != world:
         raise InputError(f"--parallel {text}: {' x '.join(f'{a}={n}' for a, n in sizes.items())} does not make {world} processes")
     layout = Layout(**{**sizes, "dp": world // rest})
+    if layout.vpp > 1 and layout.pp == 1:
+        raise InputError(f"--parallel vpp={layout.vpp} cuts a pipeline's stages into runs of layers: name pp, too")
     for axis, what, number in (
         ("ep", "n_experts", config.n_experts), ("tp", "n_kv_heads", config.n_kv_heads),
         ("tp", "n_shared * expert_dim", config.n_shared * config.expert_dim),

@@ -132,9 +132,10 @@ def write_report(run, report, chats):
     sections = ["# Report", "## Loss (nats per trained token, mean of the last 50 steps) and speed"]
     rows = [[stage, f"{loss:.3f}", f"{report['tokens_per_s'][stage]:,.0f}"] for stage, loss in report["loss"].items()]
     sections += [table(rows, ["stage", "loss", "tokens/s"]), "![loss](loss.png)"]
-    sections.append("## Accuracy (embedded tasks: products and phrasings never seen in training)")
+    sections.append(f"## Accuracy ({report['source']})")
     sections.append(accuracy_table(report["accuracy"], report["tasks_hash"], last))
-    sections.append("majority, copy and without text are baselines that cannot know the answer. ![accuracy](accuracy.png)")
+    baselines = "majority, copy and without text are baselines that cannot know the answer, but where a task has no text to be cut away."
+    sections.append(baselines + " ![accuracy](accuracy.png)")
     if report.get("thinking", {}).get("on", {}).get("accuracy"):
         sections += ["## Thinking on and off", thinking_table(report["thinking"])]
     if report.get("choices"):

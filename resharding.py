@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import MANIFEST, MOMENTS, checkpoints, discard, file_sha256, load_checkpoint, read_manifest, verify_shards, write_atomically
+from checkpoint import MANIFEST, MOMENTS, checkpoints, discard, fault, file_sha256, load_checkpoint, read_manifest, write_atomically
 from cli import InputError
 from compass import Compass
 from parallel import packed_orders, sharded_like, unpacked
@@ -99,7 +99,6 @@ def restore(path, model, optimizer=None):
             x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
     else:
         state = read_manifest(path)
-        verify_shards(path, list(state["files"].items())[dist.get_rank() :: dist.get_world_size()])
         loaded = {key: torch.empty_like(x) for key, x in tensors.items()}
         dcp.load(loaded, checkpoint_id=path)
         for key, x in tensors.items():
@@ -114,15 +113,8 @@ def restore(path, model, optimizer=None):
 def restore_latest(run, stage, model, optimizer=None):
     """`restore` from the newest checkpoint of a stage that every rank finds intact; torn ones are named and passed over."""
     for path in checkpoints(run, stage):
-        state, problem = None, None
-        try:
-            state = restore(path, model, optimizer)
-        except InputError as error:
-            problem = str(error)
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
-        if problem is None:
-            return state
-        print(f"{problem}; trying the one before it")
+        if problem := fault(path):
+            print(f"{problem}; trying the one before it")
+        else:
+            return restore(path, model, optimizer)
     raise InputError(f"{run}/{stage} holds no intact checkpoint: run its stage first")

@@ -24,7 +24,7 @@ from compass import Compass, CompassConfig
 from data.preferences import preferences
 from data.reader import read_pairs
 from tokenizer import Tokenizer
-from train import Schedule, assemble, fit_stage, model_from, precision, processes, stage_schedule
+from train import Schedule, assemble, fit_stage, for_width, model_from, precision, processes, stage_schedule
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
 # not which four of the eight
@@ -111,11 +111,12 @@ def encode_pairs(pairs, tokenizer):
 
 
 class Pairs:
-    """Encoded pairs; `batch(step)` is a pure function of (seed, step). What cannot be trained on is counted in `left_out` and printed."""
+    """Encoded pairs; `batch(step)` is a pure function of (seed, step): PAIRS of them, or one for each of so many ranks. What cannot be
+    trained on is counted in `left_out` and printed."""
 
-    def __init__(self, rows, left_out, context, seed):
+    def __init__(self, rows, left_out, context, seed, ranks=1):
         self.rows = [sides for sides in rows if max(len(ids) for ids, _ in sides) <= context]
-        self.seed, self.left_out, self.epoch = seed, Counter(left_out), None
+        self.seed, self.left_out, self.epoch, self.per_step = seed, Counter(left_out), None, max(PAIRS, ranks)
         if len(self.rows) < len(rows):
             self.left_out[f"longer than the context of {context}"] = len(rows) - len(self.rows)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items()) or "none"
@@ -141,7 +142,7 @@ class Pairs:
 
     def batch(self, step):
         chosen = []
-        for i in range(step * PAIRS, (step + 1) * PAIRS):
+        for i in range(step * self.per_step, (step + 1) * self.per_step):
             epoch, place = divmod(i, len(self.rows))
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, list(range(len(self.rows)))
@@ -150,9 +151,10 @@ class Pairs:
         return [self.assemble(chosen)]
 
 
-def load_pairs(path, tokenizer, context, seed):
-    """The pairs of a file, or the embedded ones where path is None."""
-    return Pairs(*encode_pairs(read_pairs(path) if path else preferences("train", seed, PER_LANGUAGE), tokenizer), context, seed)
+def load_pairs(path, tokenizer, context, seed, ranks):
+    """The pairs of a file, or the embedded ones where path is None; ranks is None or parallel.Ranks."""
+    pairs = read_pairs(path) if path else preferences("train", seed, PER_LANGUAGE)
+    return Pairs(*encode_pairs(pairs, tokenizer), context, seed, ranks.count if ranks else 1)
 
 
 @torch.no_grad()
@@ -217,15 +219,15 @@ def main():
         steps=dict(help="optimizer steps of each member (default: its epochs)"),
     )  # fmt: skip
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
-    pairs = load_pairs(args.data, tokenizer, state["config"]["max_seq_len"], args.seed)
+    pairs = load_pairs(args.data, tokenizer, state["config"]["max_seq_len"], args.seed, ranks)
     held_out = Pairs(*encode_pairs(preferences("test", args.seed, 30), tokenizer), state["config"]["max_seq_len"], args.seed)
     stages = [f"reward/{member}" for member in range(1, len(MEMBERS) + 1)]
     for stage, (epochs, peak, shape) in zip(stages, MEMBERS, strict=True):
-        steps = args.steps or epochs * math.ceil(len(pairs.rows) / PAIRS)
+        steps = args.steps or epochs * math.ceil(len(pairs.rows) / pairs.per_step)
         schedule = stage_schedule(stage, args, Schedule(steps, peak, 0.0, steps // 20, shape=shape))
         if schedule is not None:
             model = RewardModel(model_from(state, args.run, ranks, device), args.seed).to(device)
-            fit_stage(model, pairs.batch, reward_loss, schedule, stage, args, tokenizer)
+            fit_stage(model, pairs.batch, reward_loss, for_width(schedule, model.config), stage, args, tokenizer)
     if ranks is not None:
         torch.distributed.destroy_process_group()
         print(f"{len(stages)} members trained; python reward.py --run {args.run} --resume, in one process, averages and compares them")

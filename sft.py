@@ -24,9 +24,10 @@ from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
 from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
+from evaluate import with_room
 from generate import Sampling, generate, load_for_inference, split_thought
 from tokenizer import Tokenizer
-from train import Schedule, assemble, fit_stage, logged, losses_of, model_from, processes, stage_schedule
+from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, model_from, processes, stage_schedule
 
 # stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
@@ -108,18 +109,22 @@ def common_length(longest, multiple=8):
     return -(-int(longest) // multiple) * multiple
 
 
-def length_buckets(lengths, tokens, rng, window=4096):
-    """Batches of samples of like length, about `tokens` each once padded: a random order, sorted within windows, cut, shuffled."""
+def length_buckets(lengths, tokens, rng, least=1, window=4096):
+    """Batches of samples of like length, about `tokens` each once padded, but `least` samples or more: a random order, sorted within
+    windows, cut, shuffled."""
     order, batches = list(range(len(lengths))), []
     rng.shuffle(order)
     for start in range(0, len(order), window):
         batch = []
         for i in sorted(order[start : start + window], key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * lengths[i] > tokens:
+            if len(batch) >= least and (len(batch) + 1) * lengths[i] > tokens:
                 batches.append(batch)
                 batch = []
             batch.append(i)
-        batches.append(batch)
+        if len(batch) < least and batches:  # what is left over
+            batches[-1] += batch
+        else:
+            batches.append(batch)
     rng.shuffle(batches)
     return batches
 
@@ -150,7 +155,8 @@ def curriculum(stage, examples, seed):
 def pass_rates(model, tokenizer, examples, n=8, seed=0):
     """Share of n sampled thoughts that lead to an answer the scorer accepts, for each task (v2 §5.2)."""
     prompts = [tokenizer.encode_chat(task["messages"], thinking=True)[0] for task in examples]
-    completions = iter(generate(model, tokenizer, prompts, Sampling(temperature=1.0, top_k=0, top_p=1.0, max_tokens=96, seed=seed), n))
+    sampling = with_room(Sampling(temperature=1.0, top_k=0, top_p=1.0, max_tokens=96, seed=seed), tokenizer, examples)
+    completions = iter(generate(model, tokenizer, prompts, sampling, n))
     scored = [
         [SCORERS[task.get("scorer", "exact")](split_thought(next(completions).text)[1], task["answer"]) for _ in range(n)]
         for task in examples
@@ -171,10 +177,10 @@ class Chats:
 
     packed: rows of CAPACITY tokens, filled by `pack`; if one conversation is longer, all rows are as wide as the longest and a step has
     fewer of them. Otherwise one conversation a row, in batches of like length, padded to the longest (Distributed Dynamic Padding).
-    full: the domains ("e-commerce", "general") whose prompts are trained on too.
+    full: the domains ("e-commerce", "general") whose prompts are trained on too. ranks: a step has at least a row for each of so many.
     """
 
-    def __init__(self, chats, tokenizer, context, seed, full=(), packed=True):
+    def __init__(self, chats, tokenizer, context, seed, full=(), packed=True, ranks=1):
         self.samples, self.domains, self.seed, self.packed, self.epoch = [], [], seed, packed, None
         too_long = 0
         for i, (task, thinking) in enumerate(chats):
@@ -193,8 +199,8 @@ class Chats:
                 raise InputError(f'no conversation is of the domain {name}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
         self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # a number that context parallelism can cut
-        self.units_per_step = max(1, round(CAPACITY * ROWS / self.capacity)) if packed else 1
-        self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed))
+        self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1
+        self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed), ranks)
         places = self.capacity * len(self.units)
         if not packed:
             places = sum(len(members) * max(lengths[i] for i in members) for members in self.units)
@@ -266,9 +272,10 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         examples = selected_thoughts(examples, args, device)
     model = model_from(state, args.run, ranks, device)
     chats = Chats(
-        curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed"
+        curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed",
+        model.ranks.count,
     )  # fmt: skip
-    fit_stage(model, chats.batch, sft_loss, schedule, stage, args, tokenizer)
+    fit_stage(model, chats.batch, sft_loss, for_width(schedule, model.config), stage, args, tokenizer)
 
 
 def main():

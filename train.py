@@ -13,21 +13,23 @@ a target does not count), doc_ids (-1 is padding), positions (restart in each do
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
 import os
 import signal
 import time
+import zlib
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import checkpoints, inherit, load_latest, load_model, prune, refuse_another, rewind_metrics, save_checkpoint
+from checkpoint import changed_fields, checkpoints, inherit, load_latest, load_model, prune, refuse_another, rewind_metrics, save_checkpoint
 from cli import InputError
-from compass import Compass, CompassConfig, config_named
+from compass import CONFIGS, Compass, CompassConfig, config_named
 from data import reader
 from data.shards import Shards, is_shards
 from recipes import RECIPES, lr_at
@@ -250,7 +252,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             load = metrics.pop("load", None)
             if load is not None:
                 entry["max_load"] = max(map(max, load))
-                if entry["max_load"] * model.config.top_k > 0.8:
+                if entry["max_load"] > max(0.8 / model.config.top_k, 1.5 / model.config.n_experts):
                     entry["warning"] = "router collapse: one expert takes over 80 % of the tokens"
                     if not collapsed and step >= schedule.warmup:  # while warming up it comes and goes
                         bar.write(f"{stage} step {step}: {entry['warning']} (said once; see metrics.jsonl)")
@@ -288,13 +290,31 @@ def fit_stage(model, batches, loss_fn, schedule, stage, args, tokenizer, watch=N
     return fit(model, batches, loss_fn, schedule, stage=stage, tokenizer_hash=tokenizer.hash, **given)
 
 
+def for_width(schedule, config):
+    """A schedule of tuning, made for `tiny`, for a wider model: rates fall as 1/width (our choice; the reports say nothing)."""
+    scale = min(1.0, CONFIGS["tiny"].dim / config.dim)
+    return schedule._replace(peak=scale * schedule.peak, final=scale * schedule.final)
+
+
 def stage_schedule(stage, args, schedule):
-    """The schedule under --steps; None where --resume finds the last intact checkpoint at its final step, which is said aloud."""
+    """The schedule under --steps; None where --resume finds the last intact checkpoint at its final step, which is said aloud.
+
+    Raises InputError where the stage was begun with other steps or another seed: its schedule and data were others, and a later stage
+    may have been built on it.
+    """
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if args.resume and checkpoints(args.run, stage) and load_latest(args.run, stage, weights=False)["step"] >= schedule.steps:
-        print(f"{stage}: already finished")
-        return None
+    if args.resume and checkpoints(args.run, stage):
+        state = load_latest(args.run, stage, weights=False)
+        begun = state.get("planned") or schedule.steps, state["seed"]  # exports do not know what was planned
+        if begun != (schedule.steps, args.seed):
+            raise InputError(
+                f"{args.run}/{stage} was begun with {begun[0]} steps and seed {begun[1]}, not {schedule.steps} and {args.seed}: "
+                f"say --steps and --seed as then, or name another --run"
+            )
+        if state["step"] >= schedule.steps:
+            print(f"{stage}: already finished")
+            return None
     return schedule
 
 
@@ -342,6 +362,9 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     else:
         state = load_latest(args.run, before, weights=ranks is None)
         inherit(state, tokenizer, to_train=True)
+        own = dict(max_seq_len=state["config"]["max_seq_len"], rope_base=state["config"]["rope_base"])  # change from stage to stage
+        if changed := changed_fields(state["config"], dataclasses.replace(config, **own)):
+            raise InputError(f"{args.run}/{before} is not of --config {args.config} ({'; '.join(changed)}): say --config as then")
     schedule = stage_schedule(stage, args, recipe.schedule)
     if schedule is None:
         return
@@ -355,7 +378,8 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         tokenised = Shards(args.data, tokenizer)
     else:
         tokenised = Tokenised(reader.documents(args.data, stage, args.seed), tokenizer)
-    rows = TokenRows(tokenised, recipe.seq_len, args.seed)
+    # the marketplace writes every stage its own text; of a folder that stages share, each draws its own order
+    rows = TokenRows(tokenised, recipe.seq_len, args.seed if args.data is None else zlib.crc32(f"{stage} {args.seed}".encode()))
     print(
         f"{stage}: {len(rows.lengths):,} documents, {rows.total:,} tokens; {schedule.steps} steps of "
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"

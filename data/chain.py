@@ -50,7 +50,7 @@ def write_json(path, value):
 def _process(step, job):
     """Run one file through the step; its counts are renamed into place before its documents, which mark it done."""
     source, target = job
-    counts, began = Counter(), time.perf_counter()
+    counts, began = Counter({f"{what} {side}": 0 for what in ("documents", "bytes") for side in ("in", "out")}), time.perf_counter()
 
     def read():
         for document in documents_of(source):
@@ -147,7 +147,7 @@ def write_report(folder, out):
         kept, left = report["documents out"] - report.get("copies added", 0), 0
         removed = {key.removeprefix("removed: "): value for key, value in report.items() if key.startswith("removed: ")}
         for label, width in (("kept", kept), *sorted(removed.items(), key=lambda item: -item[1])):
-            share = width / report["documents in"]
+            share = width / max(1, report["documents in"])
             axis.barh(row, share, left=left, color="0.85" if label == "kept" else None, edgecolor="w")
             if share > 0.02:
                 axis.text(left + share / 2, row, f"{label}\n{width:,}", ha="center", va="center", fontsize=6)

@@ -4,8 +4,8 @@ Two documents whose sets of word 5-grams overlap by a Jaccard index J agree in e
 probability J. The P values are cut into bands of R: documents that agree in a whole band are candidates
 (probability 1 - (1 - J^R)^(P/R)), and candidates that agree in at least THRESHOLD of all P are duplicates. Duplicates
 are joined to clusters (union-find); of a cluster the first document stays, and the report's policy lets good
-documents stay repeated: up to `keep` copies whose "quality" is at least GOOD. Each kept document learns its cluster's size as
-"occurrences", which resampling wants to know.
+documents stay repeated: up to `keep` copies whose "quality" is at least GOOD. The first one kept learns its cluster's size as
+"occurrences", which resampling wants to know; the other copies have 1, so that nothing is resampled twice.
 
 Shapes: N documents, P hash functions, S shingles. Signatures take 4 P bytes a document, and the whole plan about 1.6 kB: it is
 the one step whose memory grows with the corpus.
@@ -33,7 +33,7 @@ A_P, B_P = np.random.default_rng(0).integers(1, PRIME, (2, P), dtype=np.uint64)
 
 def shingles(text):
     """Hashes below 2^31 of the distinct 5-grams of a text, (S,) uint64; a shorter text is one shingle."""
-    words = re.findall(r"[\u0e00-\u0e7f\u3400-\u9fff]|\w+", text.casefold())
+    words = re.findall(r"[\u0e00-\u0e7f\u3400-\u9fff]|[^\W\u0e00-\u0e7f\u3400-\u9fff]+", text.casefold())
     grams = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
     return np.array([zlib.crc32(gram.encode()) & 0x7FFFFFFF for gram in grams], dtype=np.uint64)
 
@@ -83,7 +83,7 @@ def near_duplicates(signatures_NP, threshold=THRESHOLD):
     return clusters
 
 
-EXACT, NEAR = 0, -1  # verdicts on dropped documents; a kept one has its cluster's size
+EXACT, NEAR = 0, -1  # verdicts on dropped documents; of the kept ones a cluster's first has its size, others 1
 
 
 def verdicts(texts_N, signatures_NP, quality_N, keep, threshold=THRESHOLD):
@@ -103,7 +103,7 @@ def verdicts(texts_N, signatures_NP, quality_N, keep, threshold=THRESHOLD):
     for i, root in enumerate(roots):
         stays = kept[root] < (keep if quality_N[i] >= GOOD else 1)
         kept[root] += stays
-        result[i] = size[root] if stays else EXACT if exact[i] else NEAR
+        result[i] = (size[root] if kept[root] == 1 else 1) if stays else EXACT if exact[i] else NEAR
     return result
 
 

@@ -9,6 +9,7 @@ by record; its HTML responses are kept. Parquet files need the column "text" (pi
 
 import os
 import re
+import zlib
 from html.parser import HTMLParser
 
 from cli import InputError
@@ -27,7 +28,7 @@ class _Text(HTMLParser):
         self.pieces, self.hidden = [], []
 
     def handle_starttag(self, tag, attrs):
-        if tag == "body":
+        if tag == "body" or (tag in BLOCKS and self.hidden == ["head"]):
             self.hidden.clear()  # a <head> that was never closed ends here
         elif self.hidden:
             if tag == self.hidden[-1]:
@@ -80,8 +81,26 @@ def _headers(file):
     return headers
 
 
+def payload_of(head, payload):
+    """The payload of an HTTP response without chunks and compression; as it is where it has neither, whatever its head says (crawlers
+    undo both and keep the head); empty where it cannot be unpacked, so that it is counted as empty."""
+    if re.search(rb"(?im)^transfer-encoding:.*chunked", head):
+        whole, rest = b"", payload
+        while size := re.match(rb"([0-9a-fA-F]+)[^\r\n]*\r\n", rest):
+            end = size.end() + int(size[1], 16)
+            whole, rest = whole + rest[size.end() : end], rest[end + 2 :]
+        payload = whole or payload
+    coding = re.search(rb"(?im)^content-encoding:\s*([\w-]+)", head)
+    if coding and coding[1].lower() in (b"gzip", b"x-gzip", b"deflate") or payload[:2] == b"\x1f\x8b":
+        try:
+            return zlib.decompress(payload, 47)  # gzip or zlib, by the header
+        except zlib.error:
+            return b"" if payload[:2] == b"\x1f\x8b" else payload
+    return b"" if coding and coding[1].lower() in (b"br", b"zstd") and b"<" not in payload[:1024] else payload
+
+
 def read_warc(path):
-    """Yield (url, html) of the HTML responses in a .warc or .warc.gz file (ISO 28500)."""
+    """Yield (url, html) of the successful HTML responses in a .warc or .warc.gz file (ISO 28500)."""
     with opened(path) as file:
         number = 0
         while line := file.readline():
@@ -100,8 +119,8 @@ def read_warc(path):
                 continue
             head, _, payload = body.partition(b"\r\n\r\n")
             kind = re.search(rb"(?im)^content-type:\s*(?:text/html|application/xhtml\+xml)(?:.*charset=\"?([\w-]+))?", head)
-            if kind:
-                yield headers.get("warc-target-uri", ""), decode_html(payload, kind[1] and kind[1].decode())
+            if kind and re.match(rb"HTTP/\S+ 2\d\d", head):
+                yield headers.get("warc-target-uri", ""), decode_html(payload_of(head, payload), kind[1] and kind[1].decode())
 
 
 def read_parquet(path):
@@ -119,7 +138,7 @@ def read_parquet(path):
     columns = [name for name in ("text", "lang", "source") if name in file.schema_arrow.names]
     for batch in file.iter_batches(1000, columns=columns):
         for row in batch.to_pylist():
-            yield {name: value for name, value in row.items() if value is not None}
+            yield {"text": "", **{name: value for name, value in row.items() if value is not None}}  # counted as empty
 
 
 def documents_of(path):
@@ -132,6 +151,8 @@ def documents_of(path):
         for number, value in read_jsonl(path):
             if not isinstance(value.get("text"), str):
                 raise InputError(f'{path}:{number}: field "text" is missing or no str')
+            if not isinstance(value.get("lang", ""), str | None):
+                raise InputError(f'{path}:{number}: field "lang" is no str')
             yield {"lang": stem, **value} if stem in CODES else value
     elif name.endswith(".parquet"):
         yield from read_parquet(path)

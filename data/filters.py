@@ -9,7 +9,8 @@ lines) and have their own. The thresholds are ours: the report gives none.
 import re
 from collections import Counter
 
-WORD = re.compile(r"[\u0e00-\u0e7f\u3400-\u9fff]|[^\W_]+")  # Thai and Chinese write no spaces: a character counts as a word
+# Thai and Chinese write no spaces: a character counts as a word
+WORD = re.compile(r"[\u0e00-\u0e7f\u3400-\u9fff]|[^\W_\u0e00-\u0e7f\u3400-\u9fff]+")
 URL = re.compile(r"https?://|www\.", re.IGNORECASE)
 BOILERPLATE = re.compile(  # cookies; rights; log in; share; privacy and terms, in the languages of the marketplace
     r"\bcookies?\b|\bkuki\b|คุกกี้"
@@ -48,7 +49,7 @@ def fault_of_prose(text):
     if len(words) < 5:
         return "too short"
     visible = re.sub(r"\s", "", text)
-    if visible.count("\ufffd") + len(MOJIBAKE.findall(visible)) > 0.05 * len(words):
+    if visible.count("\ufffd") + len(MOJIBAKE.findall(text)) > 0.05 * len(words):
         return "broken encoding"
     letters = sum(c.isalpha() or "\u0e31" <= c <= "\u0e4e" or "\u0300" <= c <= "\u036f" for c in visible)
     if letters < 0.5 * len(visible):

@@ -1,4 +1,4 @@
-"""Reads any folder of .txt and .jsonl files, or the embedded marketplace when no folder is given; and files of tasks or pairs.
+"""Reads any folder of .txt and .jsonl (or .jsonl.gz) files, or the embedded marketplace when no folder is given; files of tasks, of pairs.
 
 A .txt file is one document; a .jsonl line is {"text": …, "lang"?: …}. The language is the line's "lang", else the
 file's name when it is a language code (th.jsonl), else unknown. Every twentieth document by hash is
@@ -44,15 +44,23 @@ def read_text(path):
     return "".join(line for _, line in _lines(path))
 
 
+def parsed(line):
+    """A line's JSON value; ValueError also where half of a surrogate pair stands alone, which UTF-8 cannot hold."""
+    value = json.loads(line)
+    if "\\ud" in line.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_jsonl(path):
     """(line number, object) of each line; malformed JSON or a line that is no object is an error with its line."""
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: malformed JSON ({error.msg} at column {error.colno})") from None
+            value = parsed(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: malformed JSON ({error})") from None
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
         yield number, value
@@ -80,11 +88,16 @@ def task_faults(task):
     for field in ("id", "task", "lang", "think"):
         if field in task and not (isinstance(task[field], str) and task[field]):
             yield f'field "{field}" is empty or no text'
-    if task.get("scorer", "exact") not in list(SCORERS):
-        yield f"unknown scorer {task['scorer']!r}, known: {', '.join(SCORERS)}"
+    scorer = task.get("scorer", "exact")
+    if scorer not in list(SCORERS):
+        yield f"unknown scorer {scorer!r}, known: {', '.join(SCORERS)}"
+    elif isinstance(answer, str) and answer.strip() and (SCORERS[scorer]("", answer) or not SCORERS[scorer](answer, answer)):
+        yield f"scorer {scorer!r} cannot judge the answer {answer!r}: it refuses it, or accepts silence"
     choices = task.get("choices", [answer])
     if not isinstance(choices, list) or answer not in choices or not all(isinstance(choice, str) and choice for choice in choices):
         yield 'field "choices" must be a list of texts with the answer among them'
+    elif len(set(choices)) < len(choices):
+        yield 'field "choices" has a choice twice'
 
 
 def read_tasks(path):
@@ -100,7 +113,7 @@ def read_tasks(path):
         if not line.strip():
             continue
         try:
-            task = json.loads(line)
+            task = parsed(line)
         except ValueError as error:
             faults.append(f"{path}:{number}: malformed JSON ({error})")
             continue
@@ -141,11 +154,11 @@ def read_folder(folder):
     """Yield {"text", "lang", "kind"} for every document of a folder, files in name order."""
     if not os.path.isdir(folder):
         raise InputError(f"--data {folder}: no such folder")
-    names = sorted(name for name in os.listdir(folder) if name.endswith((".txt", ".jsonl")))
+    names = sorted(name for name in os.listdir(folder) if name.endswith((".txt", ".jsonl", ".jsonl.gz")))
     if not names:
-        raise InputError(f"--data {folder}: holds no .txt or .jsonl file")
+        raise InputError(f"--data {folder}: holds no .txt, .jsonl or .jsonl.gz file")
     for name in names:
-        path, (stem, ending) = os.path.join(folder, name), os.path.splitext(name)
+        path, (stem, ending) = os.path.join(folder, name), os.path.splitext(name.removesuffix(".gz"))
         default = stem if stem in CODES else None
         documents = 0
         if ending == ".txt":
@@ -158,7 +171,7 @@ def read_folder(folder):
                 text, lang = value.get("text"), value.get("lang", default)
                 if not isinstance(text, str) or not text.strip():
                     raise InputError(f'{path}:{number}: field "text" is missing or empty')
-                if lang is not None and lang not in CODES:
+                if lang not in (None, *CODES):
                     raise InputError(f"{path}:{number}: unknown language {lang!r}, known: {' '.join(sorted(CODES))}")
                 documents += 1
                 yield {"text": text, "lang": lang, "kind": value.get("source", stem)}

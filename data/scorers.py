@@ -21,19 +21,23 @@ def exact(output, answer):
     return normalise(output) == normalise(answer)
 
 
+# a minus sign, at the beginning of a word only; then groups of three digits with or without a fraction, or digits with or without one
+NUMBER = re.compile(r"((?<![^\s(=:])-)?(?:([1-9]\d{0,2}(?:[.,]\d{3})+)(?:[.,](\d{1,2}))?(?!\d)|(\d+(?:[.,]\d+)?))")
+
+
+def last_number(text):
+    """The value of the last number in a text, None where there is none; 45.000, 45,000 and 45000 are one number."""
+    found = list(NUMBER.finditer(text))
+    if not found:
+        return None
+    minus, groups, fraction, plain = found[-1].groups()
+    digits = re.sub("[.,]", "", groups) + "." + (fraction or "0") if groups else plain.replace(",", ".")
+    return -float(digits) if minus else float(digits)
+
+
 def number(output, answer):
-    """The last number of the output equals the answer's; 45.000, 45,000 and 45000 are one number."""
-
-    def last(text):
-        found = re.findall(r"\d{1,3}(?:[.,]\d{3})+(?!\d)|\d+(?:[.,]\d{1,2}(?!\d))?", text)
-        if not found:
-            return None
-        digits = found[-1]
-        if re.fullmatch(r"\d{1,3}(?:[.,]\d{3})+", digits):
-            return float(re.sub("[.,]", "", digits))
-        return float(digits.replace(",", "."))
-
-    return last(output) is not None and last(output) == last(answer)
+    """The last number of the output equals the answer's."""
+    return last_number(output) is not None and last_number(output) == last_number(answer)
 
 
 def covers(output, answer):
@@ -43,9 +47,15 @@ def covers(output, answer):
     def parts(text):
         return [part for piece in re.split(r"[,:;，：；、]\s*(?!\d{3})", text) if (part := normalise(piece))]
 
+    def alone(part):
+        """A pattern of the part as it stands, not as the end or beginning of a longer word or number."""
+        before = r"(?<!\d)(?<!\d[.,])" if part[0].isdigit() else ""
+        behind = r"(?![.,]?\d)" if part[-1].isdigit() else ""
+        word = (r"(?<!\w)", r"(?!\w)") if part.isascii() else ("", "")  # Thai and Chinese write no spaces
+        return before + word[0] + re.escape(part) + word[1] + behind
+
     given = normalise(output)
-    found = all(re.search(rf"(?<!\w){re.escape(part)}(?!\w)" if part.isascii() else re.escape(part), given) for part in parts(answer))
-    return found and len(given) <= 2 * len(normalise(answer))
+    return all(re.search(alone(part), given) for part in parts(answer)) and len(given) <= 2 * len(normalise(answer))
 
 
 OPERATORS = {
@@ -73,6 +83,8 @@ def _table(source):
     try:
         (function,) = ast.parse(source.strip()).body
         (statement,) = function.body
+        if not isinstance(function, ast.FunctionDef) or not isinstance(statement, ast.Return):
+            return None
         names = [argument.arg for argument in function.args.args]
         points = [(7, 3), (3, 7), (20, 6), (5, 5), (1, 12)]
         return function.name, [_value(statement.value, dict(zip(names, point, strict=True))) for point in points]

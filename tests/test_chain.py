@@ -6,13 +6,14 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from data import dedup, filters, langid, market, noise, quality, reader, shards
+from data import chain, dedup, filters, langid, market, noise, quality, reader, shards
 from data.extract import decode_html, html_to_text, read_warc
 from tokenizer import Tokenizer, train_bpe
 from train import Tokenised, TokenRows
@@ -25,6 +26,7 @@ PAGE = """<html><head><title>x</title><style>p {color: red}</style></head><body>
 def test_a_page_becomes_what_a_reader_sees():
     assert html_to_text(PAGE) == "Baju kurung\nHarga RM45,\nstok 3 & lagi\nWarna biru"
     assert html_to_text("<head><title>never closed<body>text") == "text"
+    assert html_to_text("<head><title>no body either</title><p>text") == "text"
     assert html_to_text("") == "" and html_to_text("no tags < 5") == "no tags < 5"
 
 
@@ -47,6 +49,17 @@ def test_warc_keeps_html_responses(tmp_path):
     for name, content in (("a.warc", records), ("b.warc.gz", gzip.compress(records))):
         (tmp_path / name).write_bytes(content)
         assert [url for url, html in read_warc(str(tmp_path / name))] == ["http://a.example/", "http://b.example/"]
+    head, raw = page.split(b"\r\n\r\n", 1)
+    packed, plain = gzip.compress(raw), b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
+    chunks = b"".join(b"%x;x=y\r\n%s\r\n" % (len(raw[i : i + 50]), raw[i : i + 50]) for i in range(0, len(raw), 50)) + b"0\r\n\r\n"
+    bodies = {
+        "Transfer-Encoding: chunked": chunks, "Content-Encoding: gzip": packed, "content-encoding: deflate": zlib.compress(raw),
+        "Content-Encoding:  gzip": raw, "Transfer-Encoding:  chunked": raw,  # undone by the crawler, which kept the head
+    }  # fmt: skip
+    responses = [b"%s\r\n%s\r\n\r\n%s" % (plain, name.encode(), body) for name, body in bodies.items()]
+    unreadable = b"%s\r\nContent-Encoding: br\r\n\r\n\x0b\x02\x80abc" % plain
+    (tmp_path / "d.warc").write_bytes(b"".join(map(warc_record, [*responses, unreadable, page.replace(b"200 OK", b"404 Not Found")])))
+    assert [html for _, html in read_warc(str(tmp_path / "d.warc"))] == [PAGE] * len(responses) + [""]
     (tmp_path / "c.warc").write_bytes(records[:-200])
     with pytest.raises(ValueError, match="c.warc: record 4 is cut short"):
         list(read_warc(str(tmp_path / "c.warc")))
@@ -150,7 +163,19 @@ def test_good_repeats_stay_up_to_the_limit():
     texts = [b"a"] * 4 + [b"b"] * 2 + [b"c"]
     quality = [0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.0]
     assert dedup.verdicts(texts, signatures, quality, keep=1).tolist() == [6, 0, 0, 0, -1, 0, 1]
-    assert dedup.verdicts(texts, signatures, quality, keep=3).tolist() == [6, 6, 0, 6, -1, 0, 1]
+    verdicts = dedup.verdicts(texts, signatures, quality, keep=3)
+    assert verdicts.tolist() == [6, 1, 0, 1, -1, 0, 1]
+
+
+def test_a_step_that_lets_nothing_through_is_reported(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "th.jsonl").write_text('{"text": "short"}')
+    for name, step, source in (("filter", filters.step, "in"), ("quality", quality.step, "1-filter")):
+        out = tmp_path / f"{1 if source == 'in' else 2}-{name}"
+        out.mkdir()
+        chain.run(name, step, tmp_path / source, out, 1)
+    table = chain.write_report(tmp_path, tmp_path)
+    assert "| filter | 1 | 0 |" in table and "| quality | 0 | 0 |" in table and (tmp_path / "chain.png").stat().st_size > 5000
 
 
 def test_a_killed_step_goes_on_to_the_same_bytes(tmp_path, script):
@@ -243,6 +268,14 @@ def test_code_and_maths_have_their_own_rules():
     counts = Counter()
     assert [d["text"] for d in filters.step(documents, counts, "")] == [code, maths]
     assert counts == {"removed: code, minified": 1, "removed: maths, no maths": 1, "removed: code, generated": 1}
+
+
+def test_words_and_encodings_of_mixed_scripts():
+    mixed = "3月15日我们去了北京。2024年的夏天特别热，iPhone15手机壳防摔又好看，5G网络很快。"
+    assert filters.WORD.findall(mixed)[:5] == ["3", "月", "15", "日", "我"] and filters.fault_of_prose(mixed) is None
+    assert len(dedup.shingles("网络5G很快!我")) == 2  # six words, 5g one of them: two runs of five
+    assert filters.fault_of_prose("Elle a dit à « Paul » que la soirée était « formidable ».") is None
+    assert filters.fault_of_prose("Elle a dit que la soirée était formidable.".encode().decode("latin-1")) == "broken encoding"
 
 
 def test_boilerplate_lines_are_cut_not_documents():
@@ -344,7 +377,7 @@ def test_download_from_a_local_folder_and_parquet(tmp_path, script):
     source = tmp_path / "hub" / "data" / "ind_Latn"
     source.mkdir(parents=True)
     for k in range(2):
-        rows = {"text": [f"dokumen {k}-{i}" for i in range(1500)], "url": ["x"] * 1500}
+        rows = {"text": [f"dokumen {k}-{i}" for i in range(1500)] + [None], "url": ["x"] * 1501}
         pyarrow.parquet.write_table(pyarrow.table(rows), source / f"00{k}.parquet")
     (source / "readme.md").write_text("not data")
     command = ("-m", "data.download", "--dataset", tmp_path / "hub", "--match", "data/*/00*.parquet", "--out", tmp_path / "crawl")
@@ -352,6 +385,7 @@ def test_download_from_a_local_folder_and_parquet(tmp_path, script):
     assert sorted(os.listdir(tmp_path / "crawl")) == ["data_ind_Latn_000.parquet", "data_ind_Latn_001.parquet"]
     assert script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "crawl", "--out", tmp_path / "out").returncode == 0
     assert [d["text"] for d in read(tmp_path / "out")] == [f"dokumen {k}-{i}" for k in range(2) for i in range(1500)]
+    assert json.load(open(tmp_path / "out" / "report.json"))["removed: empty"] == 2
     nothing = script(*command[:4], "--match", "*.zip", "--out", tmp_path / "crawl")
     assert nothing.returncode == 2 and "none of 3 files matches '*.zip'" in nothing.stderr
     (tmp_path / "bad").mkdir()

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from compass import (
     CONFIGS,
@@ -18,6 +19,16 @@ from compass import (
     rope_table,
 )  # fmt: skip
 from train import assemble
+
+
+def test_without_gradients_the_head_is_multiplied_once(micro_model):
+    tokens = torch.randint(0, 512, (2, 19))
+    counts = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            micro_model.loss(tokens, tokens)
+        counts.append(counter.get_total_flops())
+    assert counts[0] - counts[1] == 2 * (2 * 19) * 32 * 512  # d hidden; the other product, d head, is in place and torch does not count it
 
 
 def test_logits_and_gradients_equal_transformers(pair):

@@ -99,6 +99,7 @@ def test_code_is_scored_by_what_it_computes_and_never_run():
     score, answer = SCORERS["code"], "def cost(a, b): return a - b"
     assert score("def cost(x, y):\n    return x - y\n", answer) and score("def cost(a, b): return a - 2 * b + b", answer)
     bodies = ["return b - a", "return abs(a - b)", "return open('x')", "return a ** b ** 99", "return (lambda: a)()", "pass"]
+    bodies += ["a - b", "x = a - b"]  # right, and not returned
     wrong = [f"def cost(a, b): {body}" for body in bodies] + ["cost = 3", "import os", "def cost(" * 500, "\0"]
     assert not any(score(text, answer) for text in wrong)
 
@@ -108,6 +109,9 @@ def test_covers_by_hand():
     assert score("Red! Velora A1 shirt for $45", answer)
     assert not any(score(text, answer) for text in ("Velora A1 shirt, red, $450", "Velora A12 shirt, red, $45", answer + " or" * 30))
     assert SCORERS["covers"]("Velora A1 衬衫，红色，¥45", "Velora A1 衬衫，红色，¥45") and not score("Velora A1, red, $45", answer)
+    assert not any(score(f"Velora A1 衬衫，红色，¥45{more}", "Velora A1 衬衫，红色，¥45") for more in ("0", ",000", ".5"))
+    assert score("đỏ, 45.000₫, áo", "áo, đỏ, 45.000₫") and not score("đỏ, 145.000₫, áo", "áo, đỏ, 45.000₫")
+    assert score("红色,45元,衬衫", "衬衫，红色，45元") and not score("红色,145元,衬衫", "衬衫，红色，45元")
 
 
 def test_preferences():
@@ -168,6 +172,14 @@ def test_embedding_equals_the_exact_singular_vectors():
 @pytest.mark.parametrize("output", ["Rp135.000", "135,000", "it is 135000.", "90.000 + 45.000 = 135.000", "135000₫"])
 def test_numbers_in_any_dress(output):
     assert SCORERS["number"](output, "Rp135.000") and not SCORERS["number"](output, "Rp135.001")
+
+
+def test_signs_and_fractions_of_numbers():
+    score = SCORERS["number"]
+    same = [("-5", "it is -5."), ("$1,000.50", "$1000.50"), ("1.000,50", "1000.5"), ("3.1416", "it is 3.1416"), ("0.125", "0,125")]
+    same += [("7", "3-7")]  # from three to seven
+    other = [("-5", "5"), ("5", "-5"), ("$1,000.50", "50"), ("3.1416", "2.1416"), ("1.000,50", "1000"), ("0.125", "125"), ("7", "no")]
+    assert all(score(output, answer) for answer, output in same) and not any(score(output, answer) for answer, output in other)
 
 
 def test_answers_can_be_checked_against_the_world():

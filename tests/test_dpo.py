@@ -10,7 +10,7 @@ import torch
 
 from checkpoint import latest_stage, load_latest, load_model, read_metrics, save_checkpoint
 from data.preferences import preferences
-from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, online, preference_metrics, select_pair, token_logprobs
+from dpo import ROUND, add_reference, alarm, dpo_loss, dpo_objective, label, online, preference_metrics, select_pair, token_logprobs, tune
 from generate import Completion
 from otpo import otpo_loss, otpo_objective, uniform_weights
 from reward import PAIRS, Pairs, RewardModel, encode_pairs
@@ -103,6 +103,12 @@ def test_equals_trl_on_the_same_model_and_batch(pair, tmp_path):
     assert loss.item() != pytest.approx(math.log(2), abs=1e-3) and loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
     torch.testing.assert_close(ours.head.weight.grad, theirs.lm_head.weight.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, float("nan")])
+def test_a_pull_that_is_none_is_refused(beta):
+    with pytest.raises(ValueError, match="--beta is .*, must be over 0"):
+        tune("dpo", dpo_objective(beta), argparse.Namespace(beta=beta, rounds=0))
 
 
 def test_what_cannot_be_trained_on_is_counted(micro_tokenizer, capsys):

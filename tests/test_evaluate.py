@@ -24,6 +24,7 @@ from evaluate import (
     sample_chats,
     score_continuations,
     thinking_switch,
+    with_room,
 )
 from generate import GREEDY, generate
 from report import table
@@ -93,7 +94,7 @@ def test_interval_by_hand():
     low, high = interval(0, 40)
     assert low == pytest.approx(0, abs=1e-9) and 0.05 < high < 0.12
     # a task may bear the name of a group, or of the row of all
-    named = [{"task": name, "lang": "en", "scorer": "exact", "answer": "a"} for name in ("general", "overall")]
+    named = [{"task": name, "lang": "en", "scorer": "exact", "answer": "a", "messages": name} for name in ("general", "overall")]
     result = accuracy(named, ["a", "b"])
     assert result["intervals"]["by_task"] == {"general": interval(1, 1), "overall": interval(0, 1)}
     assert result["intervals"]["by_group"] == {"general": interval(1, 2)} and result["intervals"]["overall"] == interval(1, 2)
@@ -124,6 +125,23 @@ def test_answers_survive_a_kill(micro_model, micro_tokenizer, tmp_path, monkeypa
     assert answer_tasks(micro_model, micro_tokenizer, test, kept=Answers(path, "one")) == first and len(asked) == 1
     answer_tasks(micro_model, micro_tokenizer, test, kept=Answers(path, "another checkpoint"))
     assert len(asked) == 1 + len(test)
+
+
+def test_long_references_have_room(micro_tokenizer):
+    short, long = {"answer": "7"}, {"answer": "7", "think": "so " * 300}
+    assert with_room(GREEDY, micro_tokenizer, [short]) == GREEDY == with_room(GREEDY, micro_tokenizer, [])
+    assert with_room(GREEDY, micro_tokenizer, [short, long]).max_tokens > len(micro_tokenizer.encode(long["think"]))
+    assert with_room(GREEDY, micro_tokenizer, tasks("test", 0, 1)) == GREEDY or micro_tokenizer.n_vocab < 4096
+
+
+def test_equal_prompts_count_once_in_intervals():
+    def task(content):
+        return {"task": "t", "lang": "en", "messages": [{"role": "user", "content": content}], "answer": "7", "scorer": "number"}
+
+    apart = accuracy([task(str(i)) for i in range(8)], ["7", "6"] * 4)
+    alike = accuracy([task(str(i // 2)) for i in range(8)], ["7", "7", "6", "6"] * 2)
+    assert apart["overall"] == alike["overall"] == 0.5 and apart["intervals"]["overall"] == interval(4, 8)
+    assert alike["intervals"]["overall"] == alike["intervals"]["by_language"]["en"] == interval(2, 4)
 
 
 def test_needles_have_the_length_and_hold_the_answer_once(micro_tokenizer):
@@ -175,7 +193,8 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
         good, "{", [1], {"answer": "x"}, {**good, "id": "b", "answer": " "}, {**good, "id": "c", "scorer": "guess"}, {**good}, "",
         {**good, "id": "d", "messages": [{"role": "buyer", "content": "q"}]}, {**good, "id": "e", "choices": ["no"]},
         {**good, "id": "f", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, {**good, "id": 3},
-        {**good, "id": "g", "think": 3},
+        {**good, "id": "g", "think": 3}, {**good, "id": "h", "answer": "twelve", "scorer": "number"}, {**good, "id": "i", "answer": "?!"},
+        {**good, "id": "j", "choices": ["no", "yes", "yes"]}, '{"messages": [{"role": "user", "content": "\\ud83d"}], "answer": "x"}',
     ]  # fmt: skip
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
@@ -185,7 +204,8 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
     expected = {
         2: "malformed JSON", 3: "expected a JSON object", 4: 'field "messages"', 5: 'field "answer"', 6: "unknown scorer 'guess'",
         7: "id 'a' is also the id of line 1", 9: "a message needs a role", 10: 'field "choices"', 11: "the last message", 12: 'field "id"',
-        13: 'field "think"',
+        13: 'field "think"', 14: "scorer 'number' cannot judge the answer 'twelve'", 15: "scorer 'exact' cannot judge",
+        16: "a choice twice", 17: "malformed JSON",
     }  # fmt: skip
     assert [int(line.split(":")[0]) for line in found] == list(expected)
     assert all(message in line for line, message in zip(found, expected.values(), strict=True))

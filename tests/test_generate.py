@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +98,7 @@ def test_a_model_in_bf16_answers(micro_model, micro_tokenizer):
 def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
     full = generate(micro_model, micro_tokenizer, [[5] * 60], Sampling(temperature=2.0, top_k=0, top_p=1.0))[0]
     assert full.stopped or len(full.ids) == 4  # the context of 64 ends it
+    assert generate(micro_model, micro_tokenizer, [np.array([5, 6])], GREEDY) == generate(micro_model, micro_tokenizer, [[5, 6]], GREEDY)
     for prompts, message in (([[5] * 64], "prompt 0 has 64"), ([[1], []], "prompt 1 has 0"), ([[512]], "outside the vocabulary")):
         with pytest.raises(ValueError, match=message):
             generate(micro_model, micro_tokenizer, prompts, GREEDY)

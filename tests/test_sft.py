@@ -6,11 +6,14 @@ import random
 import pytest
 import torch
 
+from compass import CONFIGS
 from data import general as data_general
+from data.preferences import preferences
 from data.tasks import tasks
 from parallel import Layout, Ranks, parallelize
+from reward import Pairs, encode_pairs
 from sft import CAPACITY, FULL, ROWS, Chats, collate, common_length, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
-from train import _train_step, make_optimizer
+from train import Schedule, _train_step, for_width, make_optimizer
 
 
 def distributions():
@@ -109,6 +112,24 @@ def test_length_buckets_hold_everything_once_and_waste_little():
         assert sorted(i for members in batches for i in members) == list(range(len(lengths)))
         places = [len(members) * max(lengths[i] for i in members) for members in batches]
         assert max(places) <= 2048 and sum(lengths) / sum(places) > 0.97
+
+
+def test_many_ranks_have_a_row_each_in_every_step(micro_tokenizer):
+    rng = random.Random(0)
+    lengths = [rng.randint(40, 200) for _ in range(500)] + [900] * 3
+    batches = length_buckets(lengths, 1536, rng, least=4)
+    assert sorted(i for members in batches for i in members) == list(range(len(lengths))) and min(map(len, batches)) >= 4
+    examples = [(task, False) for task in tasks("train", 0, 2)]
+    assert len(Chats(examples, micro_tokenizer, 1024, 0, ranks=16).batch(0)[0]["tokens"]) == 16
+    pairs = Pairs(*encode_pairs(preferences("train", 0, 3), micro_tokenizer), 1024, 0, ranks=16)
+    assert len(pairs.batch(0)[0]["weights"]) == 16
+
+
+def test_rates_fall_with_the_width(micro_config):
+    schedule = Schedule(10, 2e-3, 1e-4)
+    assert for_width(schedule, micro_config) == for_width(schedule, CONFIGS["tiny"]) == schedule
+    wide = for_width(schedule, CONFIGS["v2_30b"])
+    assert wide.peak == pytest.approx(2e-3 * 128 / 3072) and wide.final == pytest.approx(1e-4 * 128 / 3072)
 
 
 def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer):

@@ -1,5 +1,6 @@
 """train.py and checkpoint.py: resume is exact, kills lose nothing saved, bad steps are skipped, bad files are named."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,9 +16,9 @@ from conftest import ROOT
 import checkpoint
 import resharding
 from checkpoint import checkpoints, inherit, load_checkpoint, load_latest, read_metrics, save_checkpoint
-from compass import Compass
+from compass import CONFIGS, Compass
 from data import market, reader
-from train import RECIPES, Schedule, Tokenised, TokenRows, fit, language_model_loss, lr_at, make_optimizer
+from train import RECIPES, Schedule, Tokenised, TokenRows, fit, language_model_loss, lr_at, make_optimizer, run_stage, stage_schedule
 
 
 @pytest.fixture
@@ -139,6 +140,51 @@ def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
     train(micro_config, rows, tmp_path, steps=None, resume=True, tokenizer_hash="one")
 
 
+def test_a_stage_goes_on_as_it_was_begun_or_not_at_all(micro_config, rows, tmp_path, capsys):
+    """What --resume says of a stage of 12 steps and seed 0, whole, halfway, exported."""
+    train(micro_config, rows, tmp_path, steps=6)
+    twelve = Schedule(12, 1e-3, 1e-4)
+
+    def asked(steps=None, seed=0):
+        return stage_schedule("general", argparse.Namespace(run=str(tmp_path), resume=True, steps=steps, seed=seed), twelve)
+
+    assert asked() == asked(steps=12)._replace(warmup=0) == twelve
+    for other in (dict(steps=20), dict(seed=1)):
+        with pytest.raises(ValueError, match="general was begun with 12 steps and seed 0, not"):
+            asked(**other)
+    train(micro_config, rows, tmp_path, steps=None, resume=True)
+    assert asked() is None and "general: already finished" in capsys.readouterr().out
+    state = load_latest(tmp_path, "general")
+    save_checkpoint(str(tmp_path / "general" / "step_12.pt"), Compass(micro_config), step=12, stage="general", seed=state["seed"])
+    assert asked() is None  # an export has no plan
+
+
+def test_another_config_than_that_of_the_stage_before_is_named(micro_config, micro_tokenizer, tmp_path):
+    micro_tokenizer.save(tmp_path)
+    path = str(tmp_path / "general" / "step_1.pt")
+    save_checkpoint(path, Compass(micro_config), step=1, stage="general", tokenizer_hash=micro_tokenizer.hash)
+    args = argparse.Namespace(config="tiny", run=str(tmp_path), data=None, steps=1, seed=0, resume=False)
+    with pytest.raises(ValueError, match="general is not of --config tiny .n_layers 2, now 3; dim 32, now 128"):
+        run_stage("anneal", args, torch.device("cpu"), micro_tokenizer)
+
+
+def test_stages_of_one_folder_draw_their_own_order(micro_tokenizer, tmp_path, monkeypatch):
+    import train as script
+
+    lines = (json.dumps({"text": document["text"]}) for document in market.documents("general", 0, per_language=9))
+    (tmp_path / "th.jsonl").write_text("\n".join(lines))
+    seen = []
+    monkeypatch.setattr(script, "fit_stage", lambda model, batches, *rest: seen.append(batches(0)[0]["tokens"]))
+    monkeypatch.setattr(script, "model_from", lambda *_, **__: Compass(CONFIGS["tiny"]))
+    state = dict(config=dataclasses.asdict(CONFIGS["tiny"]), tokenizer_hash=micro_tokenizer.hash, stage="general", step=1)
+    monkeypatch.setattr(script, "load_latest", lambda *_, **__: state)
+    for stage in ("general", "anneal", "general"):
+        args = argparse.Namespace(config="tiny", run=str(tmp_path), data=str(tmp_path), steps=1, seed=0, resume=False)
+        run_stage(stage, args, torch.device("cpu"), micro_tokenizer)
+    rows_of = [{tuple(row.tolist()) for row in tokens} for tokens in seen]
+    assert rows_of[0] == rows_of[2] and not rows_of[0] <= rows_of[1]
+
+
 def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys):
     straight = train(micro_config, rows, tmp_path, steps=None)
     newest, older = checkpoints(tmp_path, "general")
@@ -234,6 +280,9 @@ def test_router_collapse_warns(micro_config, rows, tmp_path):
             block.feed_forward.router.weight.zero_()
     fit(model, rows.batches(2, 2), language_model_loss, Schedule(1, 1e-9, 1e-9), run=str(tmp_path), stage="general")
     assert "router collapse" in read_metrics(tmp_path)[0]["warning"]
+    every = Compass(dataclasses.replace(micro_config, top_k=4))  # of 4 experts all are chosen: even, and no collapse
+    fit(every, rows.batches(2, 2), language_model_loss, Schedule(1, 1e-9, 1e-9), run=str(tmp_path), stage="anneal")
+    assert "warning" not in read_metrics(tmp_path)[1]
 
 
 CHILD = """
@@ -291,9 +340,12 @@ def test_kill_and_sigterm_lose_nothing_saved(micro_config, micro_tokenizer, tmp_
         ("a.jsonl", b'["text"]\n', "a.jsonl:1: expected a JSON object"),
         ("a.jsonl", b'{"text": ""}\n', 'a.jsonl:1: field "text" is missing or empty'),
         ("a.jsonl", b'{"text": "x", "lang": "xx"}\n', "a.jsonl:1: unknown language 'xx'"),
+        ("a.jsonl", b'{"text": "x", "lang": ["en"]}\n', "a.jsonl:1: unknown language ['en']"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "half \\ud83d"}\n', "a.jsonl:2: malformed JSON ('utf-8' codec can't encode"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged gzip file"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt:2: not UTF-8"),
         ("a.txt", b" \n", "a.txt: empty file"),
-        ("a.pdf", b"", "holds no .txt or .jsonl"),
+        ("a.pdf", b"", "holds no .txt, .jsonl"),
     ],
 )
 def test_bad_corpus_is_one_clear_message(script, tmp_path, name, content, message):
