@@ -165,7 +165,8 @@ def steps_product(a, n):
 
 
 def draw_sum(rng, split):
-    """Two numbers of two digits whose sum belongs to the training or the test world, by a hash of the pair."""
+    """Two numbers of two digits whose sum belongs to the training or the test world, by a hash of the pair in this order: where 27 + 45 is
+    asked in the one, 45 + 27 may be in the other."""
     while True:
         a, b = rng.randint(11, 99), rng.randint(11, 99)
         if (zlib.crc32(f"{a}+{b}".encode()) % 10 == 0) == (split == "test"):
