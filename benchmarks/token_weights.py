@@ -35,7 +35,7 @@ from report import save, table
 from reward import PAIRS, Pairs, encode_pairs
 from train import Schedule
 
-SEEDS, STEPS, PEAK, BETAS = 3, 100, 3e-5, (0.01, 0.03, 0.1, 0.3, 1.0)
+SEEDS, STEPS, PEAK, BETAS = 3, 100, 3e-5, (0.03, 0.1, 0.3)
 WEIGHTS = {"DPO": "ones", "uniform": "uniform", "OTPO": "transport"}
 KINDS = {"decisive": ("decisive",), "natural": ("answer", "format")}
 
