@@ -108,12 +108,12 @@ def draw_product(rng, split):
             return product
 
 
-def phrase(templates, rng):
+def phrase(templates, rng, limited=True):
     """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested.
 
-    An rng with an attribute `phrasings` knows the first so many templates only, or the first quarter where that is more.
+    An rng with an attribute `phrasings` knows the first so many templates only, unless they are not limited, being no mere phrasings.
     """
-    known = min(len(templates), max(len(templates) // 4, getattr(rng, "phrasings", math.inf)))
+    known = min(len(templates), getattr(rng, "phrasings", math.inf)) if limited else len(templates)
     template = rng.choice(templates[:known])
     while "[" in template:  # innermost first
         template = re.sub(r"\[([^\[\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), template)
