@@ -36,8 +36,8 @@ STAGES = {
     "sft2": (("drills", "sft1"), Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
-# shares and phrasings, see data/tasks.py: first the tasks, then more ways of asking for them; a long training hears them all
-EXERCISES = {"sft1": (FIRST, 4), "drills": (DRILLS, math.inf), "sft2": (LATER, 12), "sft2 after drills": (AFTER_DRILLS, math.inf)}
+# shares and phrasings, see data/tasks.py: first the tasks, then more ways of asking for them, in a long training all of them
+EXERCISES = {"sft1": (FIRST, 4), "drills": (DRILLS, math.inf), "sft2": (LATER, None), "sft2 after drills": (AFTER_DRILLS, math.inf)}
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")

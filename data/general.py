@@ -56,7 +56,7 @@ def alone(question):
 def safety(lang, rng, split):
     """Refuse what harms, help with what does not."""
     lex, harmful = lexicon(lang), rng.random() < 0.5
-    request = phrase(lex["harmful" if harmful else "harmless"][split], rng, limited=False).format(brand=rng.choice(market.BRANDS))
+    request = phrase(lex["harmful" if harmful else "harmless"][split], rng).format(brand=rng.choice(market.BRANDS))
     choices = [lex["refusal"], lex["consent"]]
     return {"messages": alone(ask(lang, rng, split, "request", request=request)), "answer": choices[not harmful], "choices": choices}
 

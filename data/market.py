@@ -108,13 +108,18 @@ def draw_product(rng, split):
             return product
 
 
-def phrase(templates, rng, limited=True):
+def phrase(templates, rng):
     """One phrasing of the templates; [a|b|] in a template stands for a, b or nothing, also nested.
 
-    An rng with an attribute `phrasings` knows the first so many templates only, unless they are not limited, being no mere phrasings.
+    What stands behind a "+" is for long trainings: an rng whose attribute `phrasings` is infinite knows it, too. Where that is a number,
+    the rng knows the first so many templates only, or the first quarter where that is more.
     """
-    known = min(len(templates), getattr(rng, "phrasings", math.inf)) if limited else len(templates)
-    template = rng.choice(templates[:known])
+    limit, first = getattr(rng, "phrasings", None), templates[: templates.index("+")] if "+" in templates else templates
+    if limit == math.inf:
+        first = [template for template in templates if template != "+"]
+    elif limit is not None:
+        first = first[: max(len(first) // 4, limit)]
+    template = rng.choice(first)
     while "[" in template:  # innermost first
         template = re.sub(r"\[([^\[\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), template)
     return re.sub(" +", " ", template).strip(" ")

@@ -260,7 +260,7 @@ def known_words(form=".+"):
             for inner in part:
                 yield from texts(inner)
 
-    words = {word for lang in LANGUAGES for text in texts(lexicon(lang)) for word in re.split(r"[\s\[\]{}|]+", text)}
+    words = {word for lang in LANGUAGES for text in texts(lexicon(lang)) for word in re.split(r"[\s\[\]{}|+]+", text)}
     return sorted(word for word in words if re.fullmatch(form, word))
 
 
@@ -381,10 +381,10 @@ AFTER_DRILLS = {
 }  # fmt: skip
 
 
-def training(seed, per_language, shares=LATER, phrasings=math.inf):
+def training(seed, per_language, shares=LATER, phrasings=None):
     """The training set: `per_language` tasks and longer conversations in these shares. Deterministic in the arguments.
 
-    phrasings: how many ways of putting each question and each fact are heard at most (see market.phrase).
+    phrasings: how many ways of putting each question and each fact are heard at most; infinite: those for long trainings, too (market.phrase).
     """
     makers, made = {**TASKS, **CONVERSATIONS}, []
     for lang in LANGUAGES:

@@ -198,12 +198,15 @@ def test_the_held_out_tasks_are_frozen():
     assert fingerprint(tasks("test", 0, 10)) == "da7931a8d1080cb0"
 
 
-def test_few_phrasings_are_the_first_ones():
+def test_few_phrasings_are_the_first_ones_or_a_quarter():
     rng, templates = random.Random(0), [f"{i}" for i in range(12)]
-    assert {market.phrase(templates, rng) for _ in range(200)} == set(templates)
+    more = [*templates, "+", "a", "b"]  # the last two are for long trainings
+    assert {market.phrase(templates, rng) for _ in range(200)} == set(templates) == {market.phrase(more, rng) for _ in range(200)}
     rng.phrasings = 2
-    assert {market.phrase(templates, rng) for _ in range(200)} == {"0", "1"}
-    assert {market.phrase(templates, rng, limited=False) for _ in range(200)} == set(templates)
+    assert {market.phrase(templates[:6], rng) for _ in range(200)} == {"0", "1"}
+    assert {market.phrase(templates, rng) for _ in range(200)} == {"0", "1", "2"} == {market.phrase(more, rng) for _ in range(200)}
+    rng.phrasings = math.inf
+    assert {market.phrase(more, rng) for _ in range(400)} == {*templates, "a", "b"}
     few, all_of_them = ({text_of(task) for task in training(0, 400, {"knowledge": 1}, n)} for n in (4, math.inf))
     assert len(few) < 0.9 * len(all_of_them)
 
