@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import keyword
-import math
 import os
 import random
 import re
@@ -384,7 +383,7 @@ AFTER_DRILLS = {
 def training(seed, per_language, shares=LATER, phrasings=None):
     """The training set: `per_language` tasks and longer conversations in these shares. Deterministic in the arguments.
 
-    phrasings: how many ways of putting each question and each fact are heard at most; infinite: those for long trainings, too (market.phrase).
+    phrasings: how many ways of putting each question and each fact are heard at most; infinite: all, see market.phrase.
     """
     makers, made = {**TASKS, **CONVERSATIONS}, []
     for lang in LANGUAGES:
