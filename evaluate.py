@@ -18,7 +18,6 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from data.market import LANGUAGES
 from data.needles import line_retrieval, needle
 from data.scorers import SCORERS
 from data.tasks import ECOMMERCE, fingerprint, tasks
-from generate import GREEDY, Sampling, generate, load_for_inference, split_thought
+from generate import GREEDY, Sampling, generate, load_for_inference, split_thought, with_room
 from report import plot_accuracy, plot_load, plot_losses, plot_needles, stage_losses, write_report
 from train import assemble, losses_of
 
@@ -125,12 +124,6 @@ def without_text(task):
     """The task with the text cut away: of each message, what follows the last blank line."""
     messages = [{**m, "content": m["content"].rpartition("\n\n")[2]} for m in task["messages"]]
     return {**task, "messages": messages}
-
-
-def with_room(sampling, tokenizer, tasks):
-    """The sampling, with room for the longest reference and its thought, and a little more."""
-    longest = max((len(tokenizer.encode(task.get("think", "") + task["answer"])) for task in tasks), default=0)
-    return replace(sampling, max_tokens=max(sampling.max_tokens, longest + 32))
 
 
 def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None):

@@ -10,7 +10,7 @@ prompt gets does not depend on what else is in the batch. `stream` yields text a
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,6 +93,12 @@ def split_thought(text):
     if mark or text.lstrip().startswith("<think>"):
         return thought.replace("<think>", "").strip(), answer.strip()
     return "", text.strip()
+
+
+def with_room(sampling, tokenizer, tasks):
+    """The sampling, with room for the longest reference and its thought, and a little more."""
+    longest = max((len(tokenizer.encode(task.get("think", "") + task["answer"])) for task in tasks), default=0)
+    return replace(sampling, max_tokens=max(sampling.max_tokens, longest + 32))
 
 
 def load_for_inference(run, device, stage=None):

@@ -24,8 +24,7 @@ from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
 from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
-from evaluate import with_room
-from generate import Sampling, generate, load_for_inference, split_thought
+from generate import Sampling, generate, load_for_inference, split_thought, with_room
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, model_from, processes, stage_schedule
 

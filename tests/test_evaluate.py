@@ -24,9 +24,8 @@ from evaluate import (
     sample_chats,
     score_continuations,
     thinking_switch,
-    with_room,
 )
-from generate import GREEDY, generate
+from generate import GREEDY, generate, with_room
 from report import table
 
 
