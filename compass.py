@@ -178,7 +178,8 @@ def flex():
 def attend(q_BHTC, k_BGTC, v_BGTC, mask):
     """Attention under a mask of any of our kinds: BlockMask, lengths of documents, booleans, None (causal)."""
     if isinstance(mask, BlockMask):
-        return flex()(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True)
+        # the main kernel: the one for few queries, which "AUTO" takes below 128 tokens, finds no tile for our groups of heads
+        return flex()(q_BHTC, k_BGTC, v_BGTC, block_mask=mask, enable_gqa=True, kernel_options={"BACKEND": "TRITON"})
     if isinstance(mask, list):
         return attend_by_document(q_BHTC, k_BGTC, v_BGTC, mask)
     return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

@@ -206,17 +206,6 @@ def unpermute(y_sorted_RD, row_of_NK, weights_NK):
 # the case of one expert. Rows are cut into tiles of BM; which expert a tile belongs to is worked out on the device, without waiting for it.
 
 
-def tile_table(counts_E, rows, block):
-    """(expert, first row, number of rows) of each tile, (T, 3) int32. T is an upper bound; tiles past the last have no rows."""
-    tiles_E = (counts_E + block - 1) // block
-    ends_E, row_ends_E = tiles_E.cumsum(0), counts_E.cumsum(0)
-    tile_T = torch.arange(rows // block + len(counts_E), device=counts_E.device)
-    expert_T = torch.searchsorted(ends_E, tile_T, right=True).clamp(max=len(counts_E) - 1)
-    first_T = (row_ends_E - counts_E)[expert_T] + (tile_T - (ends_E - tiles_E)[expert_T]) * block
-    left_T = (row_ends_E[expert_T] - first_T).clamp(0, block)
-    return torch.stack((expert_T, first_T, left_T), 1).to(torch.int32).contiguous()
-
-
 def unpack_int4(qweight):
     """uint8 (..., in / 2), low nibble first, to integers 0..15 (..., in)."""
     return torch.stack((qweight & 15, qweight >> 4), -1).flatten(-2)
@@ -237,16 +226,16 @@ def int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E):
 FP8_MAX = 448.0  # the largest number of e4m3
 
 
-def quantise_rows(x_RD):
-    """Per-token fp8: (x_fp8_RD e4m3, scale_R fp32), x = x_fp8 * scale. A row of zeros has scale 1."""
-    largest_R = x_RD.detach().abs().amax(-1).float()
-    scale_R = torch.where(largest_R > 0, largest_R / FP8_MAX, 1.0)
-    return (x_RD.float() / scale_R.unsqueeze(-1)).to(torch.float8_e4m3fn), scale_R
+def quantise_rows_reference(x):
+    """Eager twin of `quantise_rows`."""
+    largest = x.detach().abs().amax(-1).float()
+    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    return (x.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
 
 
 def fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E):
     """Eager twin of `fp8_grouped_matmul`: the same rounding, the products in fp32."""
-    x_fp8_RD, scale_R = quantise_rows(x_RD)
+    x_fp8_RD, scale_R = quantise_rows_reference(x_RD)
     parts = zip(x_fp8_RD.float().split(counts_E.tolist()), weight_fp8.float(), weight_scale.float(), strict=True)
     y_RF = torch.cat([x @ w.T * scale for x, w, scale in parts])
     return (y_RF * scale_R.unsqueeze(-1)).to(x_RD.dtype)
@@ -255,47 +244,78 @@ def fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E):
 if triton is not None:
 
     @triton.jit
+    def quantise_kernel(x, out, scales, D, BLOCK: tl.constexpr):
+        """out[r] = x[r] / scales[r] in e4m3, scales[r] = max |x[r]| / 448; grid (R,). The second reading of a row comes from the cache."""
+        r, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        largest = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, D, BLOCK):
+            row = tl.load(x + r * D + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(row))
+        largest = tl.max(largest)
+        scale = tl.where(largest > 0, tl.div_rn(largest, 448.0), 1.0)
+        tl.store(scales + r, scale)
+        for start in range(0, D, BLOCK):
+            row = tl.load(x + r * D + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            tl.store(out + r * D + start + d, tl.div_rn(row, scale).to(out.dtype.element_ty), mask=start + d < D)
+
+    @triton.jit
+    def tile_of(counts, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
+        """(expert, first row, number of rows) of row tile program_id(1); the number is at most 0 past the last tile. EXPERTS: E, padded."""
+        tile, e = tl.program_id(1), tl.arange(0, EXPERTS)
+        count_E = tl.load(counts + e, mask=e < E, other=0)
+        tiles_E = (count_E + BM - 1) // BM
+        expert = tl.sum((tl.cumsum(tiles_E) <= tile).to(tl.int64))
+        start = (tile - tl.sum(tl.where(e < expert, tiles_E, 0))) * BM  # within the expert's rows
+        first = tl.sum(tl.where(e < expert, count_E, 0)) + start
+        return expert, first, tl.minimum(tl.sum(tl.where(e == expert, count_E, 0)) - start, BM)
+
+    @triton.jit
     def int4_kernel(
-        x, qweight, scales, zeros, out, table, F, D,
-        GROUP: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+        x, qweight, scales, zeros, out, counts, E, F, D,
+        GROUP: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """out[tile rows, f] = x @ weight.T; grid (T, F / BF). Weights, dequantised in registers, are the left operand: the tensor cores
-        want at least 64 rows there and take 16 on the right. WIDE: multiply in fp32, for the interpreter, whose bf16 is wrong."""
-        tile = tl.program_id(0)
-        expert = tl.load(table + 3 * tile).to(tl.int64)
-        first, rows = tl.load(table + 3 * tile + 1).to(tl.int64), tl.load(table + 3 * tile + 2)
-        if rows == 0:
+        """out[tile rows, f] = x @ weight.T; grid (F / BF, T), so that an expert's matrix stays in the cache while its rows pass.
+
+        x (R, 2, D / 2): each row's even inputs, then its odd ones, as the low and high nibbles want them. q - zero is whole and exact in
+        bf16; the scale multiplies each group's sum. Weights are the left operand: the tensor cores want at least 64 rows there and take
+        16 on the right. WIDE: multiply in fp32, for the interpreter, whose bf16 is wrong.
+        """
+        expert, first, rows = tile_of(counts, E, BM, EXPERTS)
+        if rows <= 0:
             return
-        m, f = tl.arange(0, BM), tl.program_id(1) * BF + tl.arange(0, BF)
+        m, f, k = tl.arange(0, BM), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BD // 2)
         channel = expert * F + f
-        x_at = x + (first + m)[:, None] * D + tl.arange(0, BD)[None, :]
-        q_at = qweight + channel[:, None] * (D // 2) + tl.arange(0, BD // 2)[None, :]
+        even_at = x + (first + m)[:, None] * D + k[None, :]
+        q_at = qweight + channel[:, None] * (D // 2) + k[None, :]
         total = tl.zeros((BF, BM), tl.float32)
-        for d in range(0, D, BD):
-            a_MD = tl.load(x_at + d, mask=m[:, None] < rows, other=0.0)
-            q_FD = tl.load(q_at + d // 2, mask=f[:, None] < F, other=0)
-            scale = tl.load(scales + channel * (D // GROUP) + d // GROUP, mask=f < F, other=0.0).to(tl.float32)
-            zero = tl.load(zeros + channel * (D // GROUP) + d // GROUP, mask=f < F, other=0.0).to(tl.float32)
-            w_FD = (tl.interleave(q_FD & 15, q_FD >> 4).to(tl.float32) - zero[:, None]) * scale[:, None]
+        for d in range(0, D // 2, BD // 2):
+            even = tl.load(even_at + d, mask=m[:, None] < rows, other=0.0)
+            odd = tl.load(even_at + D // 2 + d, mask=m[:, None] < rows, other=0.0)
+            q = tl.load(q_at + d, mask=f[:, None] < F, other=0)
+            at = channel * (D // GROUP) + 2 * d // GROUP
+            scale = tl.load(scales + at, mask=f < F, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + at, mask=f < F, other=0.0)
             if WIDE:
-                total += tl.dot(w_FD, tl.trans(a_MD.to(tl.float32)))
-            else:
-                total = tl.dot(w_FD.to(a_MD.dtype), tl.trans(a_MD), total)
+                even, odd = even.to(tl.float32), odd.to(tl.float32)
+            low = (q & 15).to(even.dtype) - zero.to(even.dtype)[:, None]
+            high = (q >> 4).to(even.dtype) - zero.to(even.dtype)[:, None]
+            part = tl.dot(low, tl.trans(even), input_precision="ieee")  # fp32 rows: no tf32
+            total += tl.dot(high, tl.trans(odd), part, input_precision="ieee") * scale[:, None]
         at = out + (first + m)[:, None] * F + f[None, :]
         tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=(m[:, None] < rows) & (f[None, :] < F))
 
     @triton.jit
     def fp8_kernel(
-        x, x_scale, weight, weight_scale, out, table, F, D,
-        BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+        x, x_scale, weight, weight_scale, out, counts, E, F, D,
+        EXPERTS: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """out[tile rows, f] = (x @ weight.T) * x_scale * weight_scale, fp8 operands, fp32 sums; grid (T, F / BF)."""
-        tile = tl.program_id(0)
-        expert = tl.load(table + 3 * tile).to(tl.int64)
-        first, rows = tl.load(table + 3 * tile + 1).to(tl.int64), tl.load(table + 3 * tile + 2)
-        if rows == 0:
+        """out[tile rows, f] = (x @ weight.T) * x_scale * weight_scale, fp8 operands; grid (F / BF, T). sm_90 sums fp8 products in fewer
+        bits than fp32: after every 128 inputs the sum goes into one of fp32."""
+        IMPRECISE: tl.constexpr = 128 if BD > 128 else BD
+        expert, first, rows = tile_of(counts, E, BM, EXPERTS)
+        if rows <= 0:
             return
-        m, f, k = tl.arange(0, BM), tl.program_id(1) * BF + tl.arange(0, BF), tl.arange(0, BD)
+        m, f, k = tl.arange(0, BM), tl.program_id(0) * BF + tl.arange(0, BF), tl.arange(0, BD)
         channel = expert * F + f
         x_at, w_at = x + (first + m)[:, None] * D + k[None, :], weight + channel[:, None] * D + k[None, :]
         total = tl.zeros((BF, BM), tl.float32)
@@ -305,26 +325,56 @@ if triton is not None:
             if WIDE:
                 total += tl.dot(w_FD.to(tl.float32), tl.trans(a_MD.to(tl.float32)))
             else:
-                total = tl.dot(w_FD, tl.trans(a_MD), total, max_num_imprecise_acc=BD)  # sm_90 would sum in fewer bits than fp32
+                total = tl.dot(w_FD, tl.trans(a_MD), total, max_num_imprecise_acc=IMPRECISE)
         total *= tl.load(x_scale + first + m, mask=m < rows, other=0.0)[None, :]
         total *= tl.load(weight_scale + channel, mask=f < F, other=0.0)[:, None]
         at = out + (first + m)[:, None] * F + f[None, :]
         tl.store(at, tl.trans(total).to(out.dtype.element_ty), mask=(m[:, None] < rows) & (f[None, :] < F))
 
     INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-    # By rows per tile: (BF, BD, warps, stages) without spills and within the shared memory of sm_80 (163 kB) and later (227 kB).
-    TILES = {
+    # By rows per tile: (BF, BD, warps, stages) without spills and within the shared memory of sm_80 (163 kB; fp8: sm_90, 227 kB).
+    INT4_TILES = {
         16: ((64, 128, 4, 4), (128, 128, 4, 3)),
-        64: ((64, 64, 4, 4), (128, 64, 8, 4)),
-        128: ((64, 64, 4, 3), (128, 64, 8, 3)),
+        64: ((64, 128, 4, 4), (128, 128, 8, 3)),
+        128: ((64, 64, 8, 3), (128, 64, 8, 3)),
+    }
+    FP8_TILES = {
+        16: ((64, 256, 4, 4), (64, 128, 4, 4)),
+        64: ((64, 128, 4, 4), (128, 128, 8, 3)),
+        128: ((128, 128, 8, 4), (128, 128, 8, 3)),
     }
 
     def _tuned(kernel, tiles):
         configs = [triton.Config({"BF": bf, "BD": bd}, num_warps=warps, num_stages=stages) for bf, bd, warps, stages in tiles]
         return triton.autotune(configs[:1] if INTERPRETED else configs, ["F", "D"])(kernel)
 
-    tuned_int4 = {bm: _tuned(int4_kernel, tiles) for bm, tiles in TILES.items()}
-    tuned_fp8 = {bm: _tuned(fp8_kernel, tiles) for bm, tiles in TILES.items()}
+    tuned_int4 = {bm: _tuned(int4_kernel, tiles) for bm, tiles in INT4_TILES.items()}
+    tuned_fp8 = {bm: _tuned(fp8_kernel, tiles) for bm, tiles in FP8_TILES.items()}
+
+
+def _multiply(kernel, rows, weights, counts_E, out_RF, D, bm, **constants):
+    """Launch a product's kernel over all tiles of bm rows (at most R // bm + E) and all blocks of outputs."""
+    (R, F), E = out_RF.shape, len(counts_E)
+    grid = lambda meta: (triton.cdiv(F, meta["BF"]), R // bm + E)  # noqa: E731
+    kernel[grid](*rows, *weights, out_RF, counts_E, E, F, D, EXPERTS=triton.next_power_of_2(E), BM=bm, WIDE=INTERPRETED, **constants)
+    return out_RF
+
+
+def fp8_in_triton(x):
+    """GPUs before sm_89 have no fp8: the eager twins serve them."""
+    return use_triton(x) and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9))
+
+
+def quantise_rows(x):
+    """fp8 with one scale a row: x (..., D) -> (x_fp8 (..., D) e4m3, scale (...) fp32), x = x_fp8 * scale. A row of zeros has scale 1."""
+    if not fp8_in_triton(x):
+        return quantise_rows_reference(x)
+    x, D = x.detach().contiguous(), x.shape[-1]
+    out = torch.empty_like(x, dtype=torch.float32 if INTERPRETED else torch.float8_e4m3fn)  # the interpreter rounds fp8 wrongly
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if x.numel():
+        quantise_kernel[(scale.numel(),)](x, out, scale, D, BLOCK=min(2048, triton.next_power_of_2(D)))
+    return out.to(torch.float8_e4m3fn), scale
 
 
 def rows_per_tile(rows, experts):
@@ -336,7 +386,7 @@ def int4_grouped_matmul(x_RD, qweight, scales, zeros, counts_E):
     """W4A16: counts_E[e] rows of x times expert e's weight, transposed -> (R, out) in x's dtype.
 
     x_RD: fp16, bf16 or fp32, sorted by expert; qweight (E, out, in / 2) uint8, low nibble first; scales, zeros (E, out, in / group).
-    Raises InputError where shapes do not fit or, in the kernel, where the group is no multiple of 16; multiples of 128 have tuned tiles.
+    Raises InputError where shapes do not fit or, in the kernel, where the group is no multiple of 32; multiples of 128 have tuned tiles.
     """
     (E, F, half), D = qweight.shape, x_RD.shape[1]
     if 2 * half != D or scales.shape != zeros.shape or scales.shape[:2] != (E, F) or D % scales.shape[2]:
@@ -344,35 +394,29 @@ def int4_grouped_matmul(x_RD, qweight, scales, zeros, counts_E):
     if not use_triton(x_RD):
         return int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E)
     group, R = D // scales.shape[2], x_RD.shape[0]
-    if group % 16:
-        raise InputError(f"int4: groups of {group} inputs; the kernel needs a multiple of 16")
-    out_RF, bm = x_RD.new_empty(R, F), rows_per_tile(R, E)
-    table = tile_table(counts_E, R, bm)
-    arguments = (x_RD.contiguous(), qweight, scales, zeros, out_RF, table, F, D, group, bm)
+    if group % 32:
+        raise InputError(f"int4: groups of {group} inputs; the kernel needs a multiple of 32")
+    bm = rows_per_tile(R, E)
     if group % 128 == 0:
-        tuned_int4[bm][lambda meta: (len(table), triton.cdiv(F, meta["BF"]))](*arguments, WIDE=INTERPRETED)
+        kernel, constants = tuned_int4[bm], {}
     else:  # a step must stay inside a group
-        step = math.gcd(group, 64)
-        int4_kernel[(len(table), triton.cdiv(F, 64))](*arguments, BF=64, BD=step, WIDE=INTERPRETED)
-    return out_RF
+        kernel, constants = int4_kernel, {"BF": 64, "BD": math.gcd(group, 64)}
+    even_odd_R2H = x_RD.unflatten(1, (half, 2)).transpose(1, 2).contiguous()
+    return _multiply(kernel, [even_odd_R2H], [qweight, scales, zeros], counts_E, x_RD.new_empty(R, F), D, bm, GROUP=group, **constants)
 
 
 def fp8_grouped_matmul(x_RD, weight_fp8, weight_scale, counts_E):
     """W8A8: counts_E[e] rows of x, quantised per token, times expert e's fp8 weight, transposed -> (R, out) in x's dtype.
 
-    weight_fp8 (E, out, in) e4m3; weight_scale (E, out) fp32. The kernel needs sm_89 or later; older GPUs use the eager twin.
+    weight_fp8 (E, out, in) e4m3; weight_scale (E, out) fp32.
     """
     (E, F, D), R = weight_fp8.shape, x_RD.shape[0]
     if x_RD.shape[1] != D or weight_scale.shape != (E, F):
         raise InputError(f"fp8: x {tuple(x_RD.shape)}, weight {tuple(weight_fp8.shape)}, scale {tuple(weight_scale.shape)} do not fit")
-    if not use_triton(x_RD) or (x_RD.is_cuda and torch.cuda.get_device_capability(x_RD.device) < (8, 9)):
+    if not fp8_in_triton(x_RD):
         return fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E)
-    x_fp8_RD, scale_R = quantise_rows(x_RD)
-    out_RF, bm = x_RD.new_empty(R, F), rows_per_tile(R, E)
-    table = tile_table(counts_E, R, bm)
-    grid = lambda meta: (len(table), triton.cdiv(F, meta["BF"]))  # noqa: E731
-    tuned_fp8[bm][grid](x_fp8_RD, scale_R, weight_fp8, weight_scale, out_RF, table, F, D, bm, WIDE=INTERPRETED)
-    return out_RF
+    bm = rows_per_tile(R, E)
+    return _multiply(tuned_fp8[bm], quantise_rows(x_RD), [weight_fp8, weight_scale], counts_E, x_RD.new_empty(R, F), D, bm)
 
 
 def int4_matmul(x, qweight, scales, zeros):
