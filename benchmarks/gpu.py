@@ -8,7 +8,7 @@
 
 Inputs are random; times are medians by CUDA events with the cache flushed before each (triton.testing.do_bench).
 
-    python -m benchmarks.gpu                    # all, about two minutes on an H100
+    python -m benchmarks.gpu                    # all, about a minute on an H100
     python -m benchmarks.gpu --stage kernels    # one part; the others keep their figures
 """
 
@@ -32,6 +32,7 @@ from kernels import fp8_grouped_matmul, int4_grouped_matmul, permute, permute_re
 from lowbit import FP8Linear, Int4Linear, matrices, quantize_fp8, quantize_int4, with_quantized
 from moe import MoE
 from recipes import RECIPES
+from report import table
 from train import CLIP, assemble, language_model_loss, make_optimizer, precision
 
 DEVICE = "cuda"
@@ -88,7 +89,7 @@ def products(limits):
     """
     c, results = CONFIGS["v2_30b"], {}
     for E, rows in ((1, 1), (1, 16), (1, 256), (1, 8192), (c.n_experts, c.top_k * 64), (c.n_experts, c.top_k * TOKENS)):
-        case = f"{rows:,} rows, " + ("one matrix" if E == 1 else f"{E} experts")
+        case = f"{rows:,} row{'s' * (rows > 1)}, " + ("one matrix" if E == 1 else f"{E} experts")
         results[case] = product(E, rows, c.dim, 2 * c.expert_dim, limits)
         print(case, json.dumps(results[case]), flush=True)
     return results
@@ -232,6 +233,35 @@ def decoding(limits, new=64):
     active = count_parameters(config)[1] - config.vocab_size * config.dim
     results["of the copy's rate, one row"] = 2 * active / (1e-3 * results["1"]["bf16"]["ms a step"]) / limits["copy"]
     return results
+
+
+def tables(results):
+    kinds, percent = ("bf16", "int4", "fp8"), "{:.0f}".format
+    moves = [[name, f"{m['ms']:.3f}", percent(100 * m["of the copy"]), f"{m['twin / ours']:.1f}"] for name, m in results["kernels"].items()]
+    cases = [
+        [case, *(f"{arms[k]['ms']:.3f}" for k in kinds), *(percent(100 * arms[k]["share"]) for k in kinds)]
+        for case, arms in results["products"].items()
+    ]
+    layer = [[name, f"{arm['ms']:.1f}", percent(100 * arm["of the product's rate"])] for name, arm in results["layer"].items()]
+    step, rows = results["training"], results["decoding"]
+    decoding = [
+        [n, *(f"{rows[n][kind]['tokens/s']:,.0f}" for kind in kinds), *(percent(rows[n][kind]["ms a step"]) for kind in kinds)]
+        for n in ("1", "8", "64")
+    ]
+    return {
+        "kernels": table(moves, ["movement", "ms", "of a copy's rate, %", "times as fast as the eager twin"]),
+        "products": table(cases, ["rows", *(f"{k}, ms" for k in kinds), *(f"{k}, % of its limit" for k in kinds)]),
+        "layer": table(layer, ["forward and backward", "ms", "of a large product's rate, %"]),
+        "training": table(
+            [[f"{step['tokens']:,}", *(percent(step[k]) for k in ("micro-batch, ms", "optimizer, ms")), f"{step['tokens/s']:,.0f}",
+              percent(100 * step["of the product's rate"]), percent(step["peak memory, GB"])]],
+            ["tokens", "micro-batch, ms", "optimizer, ms", "tokens/s", "of a large product's rate, %", "peak memory, GB"],
+        ),
+        "decoding": table(
+            [*decoding, ["memory, GB", *(f"{rows['memory, GB'][k]:.2f}" for k in kinds), "", "", ""]],
+            ["rows at once", *(f"{k}, tokens/s" for k in kinds), *(f"{k}, ms a step" for k in kinds)],
+        ),
+    }  # fmt: skip
 
 
 def main():
