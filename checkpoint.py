@@ -65,10 +65,10 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="",
         },
         buffer,
     )  # fmt: skip
-    payload = buffer.getvalue()
+    content = buffer.getvalue()
     if os.path.isdir(path):
         discard(path)
-    write_atomically(path, payload + hashlib.sha256(payload).digest())
+    write_atomically(path, content + hashlib.sha256(content).digest())
 
 
 def load_checkpoint(path, device="cpu", weights=True):

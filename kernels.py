@@ -199,7 +199,7 @@ def permute(x_ND, expert_index_NK, num_experts):
 
 def unpermute(y_sorted_RD, row_of_NK, weights_NK):
     """y_ND[n] = sum_k weights[n, k] * y_sorted[row_of[n, k]], accumulated in fp32, in y_sorted's dtype."""
-    return _Unpermute.apply(y_sorted_RD.contiguous(), row_of_NK, weights_NK.contiguous())
+    return _Unpermute.apply(y_sorted_RD.contiguous(), row_of_NK.contiguous(), weights_NK.contiguous())
 
 
 # Matrix products with quantised weights. Each takes rows sorted by expert and one weight matrix per expert; a plain linear layer is
@@ -230,7 +230,7 @@ def quantise_rows_reference(x):
     """Eager twin of `quantise_rows`."""
     largest = x.detach().abs().amax(-1).float()
     scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-    return (x.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+    return (x.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn).contiguous(), scale
 
 
 def fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E):
@@ -262,7 +262,7 @@ if triton is not None:
     def tile_of(counts, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
         """(expert, first row, number of rows) of row tile program_id(1); the number is at most 0 past the last tile. EXPERTS: E, padded."""
         tile, e = tl.program_id(1), tl.arange(0, EXPERTS)
-        count_E = tl.load(counts + e, mask=e < E, other=0)
+        count_E = tl.load(counts + e, mask=e < E, other=0).to(tl.int64)
         tiles_E = (count_E + BM - 1) // BM
         expert = tl.sum((tl.cumsum(tiles_E) <= tile).to(tl.int64))
         start = (tile - tl.sum(tl.where(e < expert, tiles_E, 0))) * BM  # within the expert's rows
@@ -346,7 +346,7 @@ if triton is not None:
 
     def _tuned(kernel, tiles):
         configs = [triton.Config({"BF": bf, "BD": bd}, num_warps=warps, num_stages=stages) for bf, bd, warps, stages in tiles]
-        return triton.autotune(configs[:1] if INTERPRETED else configs, ["F", "D"])(kernel)
+        return triton.autotune(configs[:1] if INTERPRETED else configs, ["E", "F", "D"])(kernel)
 
     tuned_int4 = {bm: _tuned(int4_kernel, tiles) for bm, tiles in INT4_TILES.items()}
     tuned_fp8 = {bm: _tuned(fp8_kernel, tiles) for bm, tiles in FP8_TILES.items()}
@@ -355,6 +355,8 @@ if triton is not None:
 def _multiply(kernel, rows, weights, counts_E, out_RF, D, bm, **constants):
     """Launch a product's kernel over all tiles of bm rows (at most R // bm + E) and all blocks of outputs."""
     (R, F), E = out_RF.shape, len(counts_E)
+    if len(weights[0]) != E or not all(tensor.is_contiguous() for tensor in (*weights, counts_E)):
+        raise InputError(f"{E} counts for {len(weights[0])} matrices, or a quantized weight that is not contiguous")
     grid = lambda meta: (triton.cdiv(F, meta["BF"]), R // bm + E)  # noqa: E731
     kernel[grid](*rows, *weights, out_RF, counts_E, E, F, D, EXPERTS=triton.next_power_of_2(E), BM=bm, WIDE=INTERPRETED, **constants)
     return out_RF

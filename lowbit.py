@@ -44,7 +44,7 @@ def quantize_int4(weight, group_size, clip=1.0):
     scales = round_up_to_bf16(torch.where(high > low, ((high - low) / 15).clamp(min=1e-30), 1.0))
     zeros = (-low / scales).round()
     q = (grouped / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8).flatten(-2)
-    return q[..., 0::2] | q[..., 1::2] << 4, scales, zeros
+    return tuple(tensor.contiguous() for tensor in (q[..., 0::2] | q[..., 1::2] << 4, scales, zeros))  # of a transposed weight, too
 
 
 def quantize_fp8(weight):

@@ -8,8 +8,7 @@
 
 Inputs are random; times are medians by CUDA events with the cache flushed before each (triton.testing.do_bench).
 
-    python -m benchmarks.gpu                    # all, about a minute on an H100
-    python -m benchmarks.gpu --stage kernels    # one part; the others keep their figures
+    python -m benchmarks.gpu      # about a minute on an H100
 """
 
 import json
@@ -21,11 +20,11 @@ from torch import nn
 from torch.nn.functional import grouped_mm
 
 import cli
-from benchmarks import keep, kept
+from benchmarks import keep
 from benchmarks.generation import endless_tokenizer
 from benchmarks.moe import step_flops
 from cli import InputError
-from compass import CONFIGS, Compass, count_parameters
+from compass import CONFIGS, Compass
 from engine import Engine
 from generate import GREEDY
 from kernels import fp8_grouped_matmul, int4_grouped_matmul, permute, permute_reference, unpermute, unpermute_reference
@@ -113,6 +112,7 @@ def product(E, rows, D, F, limits):
     exact, result = plain().float(), {}
     for name, (read, run) in arms.items():
         error, ms = (run().float() - exact).norm() / exact.norm(), milliseconds(run)
+        assert error < 0.15, (name, error)
         rate = limits["bf16"] * (2 if name == "fp8" else 1)  # an fp8 product has twice the rate of bf16 by its data sheet
         least = max((read + 2 * rows * (D + F)) / limits["copy"], 2 * rows * D * F / rate)
         result[name] = {"ms": ms, "share": 1e3 * least / ms, "error": error.item()}
@@ -133,7 +133,7 @@ def layer(limits):
 
     def run(module, forward):
         module.zero_grad(set_to_none=True)
-        forward(x_BTD.requires_grad_()).float().square().mean().backward()
+        forward(x_BTD.detach().requires_grad_()).float().square().mean().backward()
 
     flops = 6 * TOKENS * 3 * c.dim * width
     arms = {
@@ -210,8 +210,8 @@ def small_models():
         yield kind, with_quantized(config, weights, {name: t for name, t in state.items() if name not in used}).to(DEVICE)
 
 
-def decoding(limits, new=64):
-    """{rows at once: {kind: tokens/s}}, greedy, 128 tokens of prompt, prefill not counted; and the share of the copy's rate in bf16."""
+def decoding(new=64):
+    """{rows at once: {kind: figures}} and {"memory, GB": {kind: weights}}; greedy, prompts of 128 tokens, prefill not counted."""
     config, tokenizer, results = CONFIGS["small"], endless_tokenizer(CONFIGS["small"].vocab_size), {}
     for kind, model in small_models():
         for rows in (1, 8, 64):
@@ -230,8 +230,6 @@ def decoding(limits, new=64):
         held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         results.setdefault("memory, GB", {})[kind] = held / 1e9
         print(kind, json.dumps({rows: r.get(kind) for rows, r in results.items()}), flush=True)
-    active = count_parameters(config)[1] - config.vocab_size * config.dim
-    results["of the copy's rate, one row"] = 2 * active / (1e-3 * results["1"]["bf16"]["ms a step"]) / limits["copy"]
     return results
 
 
@@ -265,17 +263,16 @@ def tables(results):
 
 
 def main():
-    parts = {"kernels": kernels, "products": products, "layer": layer, "training": training, "decoding": decoding}
-    args = cli.parse(__doc__, "stage", stage=dict(choices=list(parts), default=None, help="one part (default: all)"))
+    cli.parse(__doc__)
     if not torch.cuda.is_available():
         raise InputError("benchmarks.gpu measures a GPU, and torch sees none")
-    results = kept("gpu")
-    results["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    results["limits"] = rates()
-    print(json.dumps(results["limits"]), flush=True)
-    for name in parts if args.stage is None else (args.stage,):
-        results[name] = parts[name](results["limits"])
-        keep("gpu", results)
+    limits = rates()
+    results = {"device": f"{torch.cuda.get_device_name()}, torch {torch.__version__}", "limits": limits}
+    print(json.dumps(results), flush=True)
+    for name, part in {"kernels": kernels, "products": products, "layer": layer, "training": training}.items():
+        results[name] = part(limits)
+    results["decoding"] = decoding()
+    keep("gpu", results)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_loss_and_gradients_of_packed_documents_equal_the_cpus(width, mtp_depth)
     for context, tolerance in ((plain, 1e-4), (precision(model, torch.device("cuda")), 0.2)):  # bf16 flips an expert near a tie
         loss, grads = loss_and_gradients(model, "cuda", width, context)
         errors = {name: ((grad - exact_grads[name]).norm() / exact_grads[name].norm()).item() for name, grad in grads.items()}
-        assert loss == pytest.approx(exact, rel=tolerance / 10) and max(errors.values()) < tolerance, errors
+        assert loss == pytest.approx(exact, rel=tolerance / 10) and all(error < tolerance for error in errors.values()), errors
 
 
 def train(run, steps, resume=False, stop=None):
@@ -184,7 +184,7 @@ def test_quantized_logits_equal_the_eager_twins(method):
         ours = load_quantized(state, "cuda")(ids.cuda()).cpu()
     if method == "awq":
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours - full).norm() < 1.1 * (theirs - full).norm() and torch.equal(ours.argmax(-1)[0, -1], theirs.argmax(-1)[0, -1])
+    assert 0.7 < (ours - full).norm() / (theirs - full).norm() < 1.3 and torch.equal(ours.argmax(-1)[0, -1], theirs.argmax(-1)[0, -1])
 
 
 def test_every_script_runs(script, tmp_path):
@@ -210,7 +210,7 @@ def test_every_script_runs(script, tmp_path):
 
 
 def test_torchrun_over_nccl(script, tmp_path):
-    """One process of many: FSDP2, expert parallelism and sharded checkpoints on nccl; then on from them without torchrun."""
+    """One process of many: FSDP2 and sharded checkpoints on nccl, then on from them without torchrun. (ep > 1 needs more GPUs.)"""
     for name in ("tokenizer.tiktoken", "tokenizer.json"):
         shutil.copy(os.path.join(SHIPPED, name), tmp_path)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "--")

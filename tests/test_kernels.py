@@ -21,7 +21,7 @@ from kernels import (
     unpermute_reference,
 )  # fmt: skip
 
-CASES = [(7, 5, 4, 2), (1, 8, 3, 3), (33, 17, 8, 1), (64, 130, 6, 4)]  # N, D, E, K
+CASES = [(7, 5, 4, 2), (1, 8, 3, 3), (33, 17, 8, 1), (64, 130, 6, 4), (2, 1500, 4, 2)]  # N, D, E, K; 1500: two programs a row
 
 
 def routing(N, E, K, hot=False):
@@ -72,7 +72,7 @@ def test_gradcheck():
     torch.autograd.gradcheck(there_and_back, (x, w))
 
 
-COUNTS = [[5, 0, 70, 1], [0, 0, 130], [1], [0, 16, 0]]  # rows of each expert: ragged, empty, hot, one
+COUNTS = [[5, 0, 70, 1], [0, 0, 130], [1], [0, 16, 0], [260]]  # rows of each expert: ragged, empty, hot, one; tiles of 16, 64, 128
 
 
 def int4_case(counts, D, F, group, dtype, seed=0):
@@ -102,7 +102,7 @@ def int4_exact(x, qweight, scales, zeros, counts):
 def check_gemms(dtype, int4_tolerance, fp8_tolerance, device="cpu"):
     """Both products against float64 on the CPU, on every ragged batch; tolerances are shares of the largest result."""
     for counts in COUNTS:
-        for D, F, group in ((64, 24, 32), (128, 70, 64), (256, 130, 128)):
+        for D, F, group in ((64, 24, 32), (128, 70, 64), (256, 130, 128), (192, 40, 96)):
             case = int4_case(counts, D, F, group, dtype)
             exact = int4_exact(*case)
             y = int4_grouped_matmul(*(tensor.to(device) for tensor in case)).cpu()
@@ -174,11 +174,16 @@ def test_triton_in_the_interpreter():
 
 
 def test_triton_gemms_in_the_interpreter():
+    """Also that weights with other strides than their shape's, and counts of other experts, are refused, not read wrongly."""
     code = (
         "import torch, kernels, tests.test_kernels as t\n"
-        "t.check_rows(); t.check_gemms(torch.float32, 1e-5, 1e-5); t.check_gemms(torch.bfloat16, 2e-2, 2e-2); print('interpreted')"
+        "t.check_rows(); t.check_gemms(torch.float32, 1e-5, 1e-5); t.check_gemms(torch.bfloat16, 2e-2, 2e-2)\n"
+        "x, q, s, z, counts = t.int4_case([6], 64, 64, 32, torch.float32)\n"
+        "for arguments in ((x, q.mT.contiguous().mT, s, z, counts), (x, q, s, z, torch.tensor([5, 1]))):\n"
+        "    try: kernels.int4_grouped_matmul(*arguments)\n"
+        "    except ValueError as error: print(error)\n"
     )
-    assert interpreted(code) == "interpreted"
+    assert interpreted(code).splitlines() == [f"{n} counts for 1 matrices, or a quantized weight that is not contiguous" for n in (1, 2)]
 
 
 def test_traffic_is_the_minimum():

@@ -27,7 +27,7 @@ from quantize import (
     quantize_int4,
     quantize_model,
 )
-from tests.test_kernels import INT4, compiled, interpreted, no_spills
+from tests.test_kernels import interpreted
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def test_layers_multiply_what_they_stand_for(kind):
 
 
 def test_the_kernel_takes_the_stored_tensors():
-    """bf16 scales and byte-sized zeros: interpreted, equal to the eager twin; compiled, without spills."""
+    """bf16 scales and byte-sized zeros: interpreted, equal to the eager twin."""
     code = (
         "import torch, kernels, tests.test_quantize as t\n"
         "from lowbit import Int4Linear\n"
@@ -163,8 +163,6 @@ def test_the_kernel_takes_the_stored_tensors():
         "torch.testing.assert_close(y, layer(x, counts), rtol=1e-4, atol=1e-4); print('same')"
     )
     assert interpreted(code) == "same"
-    constants = {"GROUP": 128, "BM": 16, "BF": 64, "BD": 128, "WIDE": False}
-    assert no_spills(compiled(kernels.int4_kernel, {**INT4, "zeros": "*u8"}, constants, 90, num_warps=4, num_stages=4)[0])
 
 
 def inputs_of(made, tokens):
