@@ -42,6 +42,8 @@ def write_atomically(path, content):
     """Write bytes so that `path` is always either the old file or the whole new one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = path + ".tmp"
+    if os.path.isdir(temporary):  # what a killed save by many ranks left
+        discard(temporary)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -139,11 +139,11 @@ def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None
         if len(prompts[-1]) >= model.config.max_seq_len:
             raise InputError(f"task {task['id']}: {len(prompts[-1])} tokens leave no room for an answer in {model.config.max_seq_len}")
     kept, greedy = Answers() if kept is None else kept, with_room(GREEDY, tokenizer, tasks)
-    missing = [prompt for prompt in prompts if kept.key(prompt) not in kept.texts]
+    missing = [prompt for prompt in prompts if kept.key(prompt, greedy) not in kept.texts]
     for start in range(0, len(missing), 256):
         part = missing[start : start + 256]
-        kept.add(part, [completion.text for completion in generate(model, tokenizer, part, greedy)])
-    texts = [kept.texts[kept.key(prompt)] for prompt in prompts]
+        kept.add(part, greedy, [completion.text for completion in generate(model, tokenizer, part, greedy)])
+    texts = [kept.texts[kept.key(prompt, greedy)] for prompt in prompts]
     return [("", text.strip().split("\n")[0]) if plain else split_thought(text) for text in texts]
 
 
@@ -160,11 +160,11 @@ class Answers:
                     except ValueError:  # empty, or torn by a kill: answered again
                         continue
 
-    def key(self, prompt):
-        return hashlib.sha256(f"{self.checkpoint} {GREEDY} {prompt}".encode()).hexdigest()[:32]
+    def key(self, prompt, sampling):
+        return hashlib.sha256(f"{self.checkpoint} {sampling} {prompt}".encode()).hexdigest()[:32]
 
-    def add(self, prompts, texts):
-        new = {self.key(prompt): text for prompt, text in zip(prompts, texts, strict=True)}
+    def add(self, prompts, sampling, texts):
+        new = {self.key(prompt, sampling): text for prompt, text in zip(prompts, texts, strict=True)}
         self.texts.update(new)
         if self.path:
             with open(self.path, "a", encoding="utf-8") as file:  # begins with a line break: the last line may be torn

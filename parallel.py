@@ -293,12 +293,12 @@ def packed_orders(model):
     return {f"{name}.weight": module.packed for name, module in named if hasattr(module, "packed")}
 
 
-def start(text, config, device_name):
-    """Join the processes that torchrun started: (this rank's device, Ranks). The first rank speaks for all."""
+def start(text, config_of, device_name):
+    """Join the processes that torchrun started: (this rank's device, Ranks). The first rank speaks for all. config_of() is asked when
+    they have met, for reading a checkpoint is work they share."""
     if "WORLD_SIZE" not in os.environ:
         script = os.path.basename(sys.argv[0])
         raise InputError(f"--parallel {text} needs several processes: torchrun --nproc-per-node N -- {script} --parallel {text}")
-    layout = layout_of(text, int(os.environ["WORLD_SIZE"]), config)
     if os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")
     device = cli.pick_device(device_name)
@@ -306,6 +306,7 @@ def start(text, config, device_name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    layout = layout_of(text, dist.get_world_size(), config_of())
     print(f"{dist.get_world_size()} processes: {layout}")
     return device, Ranks(layout, device.type)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The training of the checkpoint that ships: the chain of demo.sh with more steps, and drills. Killed, it goes on where it was.
-#   bash pretrained.sh             an hour and a quarter on two cores; trains in runs/pretrained, ends in runs/pretrained/export
+#   bash pretrained.sh             an hour and a half on two cores; trains in runs/pretrained, ends in runs/pretrained/export
 #   SEED=1 RUN=runs/seed1 bash pretrained.sh      another seed
 set -euo pipefail
 RUN=${RUN:-runs/pretrained} SEED=${SEED:-0}
@@ -13,7 +13,7 @@ stage train.py general 1500
 stage train.py anneal 400
 stage train.py long 150
 stage sft.py sft1 4500      # direct answers, few phrasings
-stage sft.py drills 4000    # many comparisons in one conversation
+stage sft.py drills 6000    # many comparisons in one conversation
 stage sft.py sft2 20000     # thoughts beside direct answers, all phrasings
 python evaluate.py --run "$RUN" --tasks "${TASKS:-10}"
 python checkpoint.py --run "$RUN" --export "$RUN/export"

@@ -41,8 +41,8 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, tokenizer_has
     """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file."""
     orders, temporary = packed_orders(model), path + ".tmp"
     tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if dist.get_rank() == 0 and os.path.exists(temporary):  # what a killed save left, of many ranks or of one
+        discard(temporary)
     dist.barrier()
     try:
         dcp.save(tensors, checkpoint_id=temporary)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-from checkpoint import inherit, latest_stage, load_latest, save_checkpoint
+from checkpoint import checkpoints, inherit, latest_stage, load_latest, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
@@ -223,7 +223,8 @@ def main():
     held_out = Pairs(*encode_pairs(preferences("test", args.seed, 30), tokenizer), state["config"]["max_seq_len"], args.seed)
     stages = [f"reward/{member}" for member in range(1, len(MEMBERS) + 1)]
     for stage, (epochs, peak, shape) in zip(stages, MEMBERS, strict=True):
-        steps = args.steps or epochs * math.ceil(len(pairs.rows) / pairs.per_step)
+        begun = load_latest(args.run, stage, weights=False)["planned"] if args.resume and checkpoints(args.run, stage) else 0
+        steps = args.steps or begun or epochs * math.ceil(len(pairs.rows) / pairs.per_step)  # begun perhaps by more ranks
         schedule = stage_schedule(stage, args, Schedule(steps, peak, 0.0, steps // 20, shape=shape))
         if schedule is not None:
             model = RewardModel(model_from(state, args.run, ranks, device), args.seed).to(device)

@@ -46,12 +46,12 @@ FULL = {"none": (), "e-commerce": DOMAINS[:1], "general": DOMAINS[1:], "all": DO
 def pack(lengths, capacity):
     """Best-fit decreasing: bins of sample indices, each at most `capacity` tokens; O(n log capacity).
 
-    Longest first, every sample goes to the bin it fills best. A segment tree over free space (leaf c is
-    1 when some bin has exactly c tokens free) finds the smallest sufficient c. Raises
+    Longest first, every sample goes to the bin it fills best. A segment tree over free space (leaf c counts the
+    bins with exactly c tokens free) finds the smallest sufficient c. Raises
     InputError (a ValueError) naming the index of a sample that is longer than capacity, or empty.
     """
     size = 1 << capacity.bit_length()  # leaves 0..capacity
-    tree = [0] * (2 * size)  # tree[i]: how many leaves below node i hold a bin
+    tree = [0] * (2 * size)  # tree[i]: how many bins the leaves below node i count
     bins_free = [[] for _ in range(capacity + 1)]
     bins = []
 
@@ -172,7 +172,7 @@ def decontaminated(examples, test):
 
 
 class Chats:
-    """Encoded conversations; `batch(step)` is a pure function of (seed, step).
+    """Encoded conversations; `batch(step)` is a pure function of (seed, step), above 6 ranks also of their number.
 
     packed: rows of CAPACITY tokens, filled by `pack`; if one conversation is longer, all rows are as wide as the longest and a step has
     fewer of them. Otherwise one conversation a row, in batches of like length, padded to the longest (Distributed Dynamic Padding).
@@ -269,6 +269,8 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), *exercises)
     if stage == "sft2":
         examples = selected_thoughts(examples, args, device)
+    if not examples:
+        raise InputError(f"{stage}: no task is left to train on")
     model = model_from(state, args.run, ranks, device)
     chats = Chats(
         curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed",

@@ -333,7 +333,7 @@ def processes(args, config_of):
     if args.parallel or "WORLD_SIZE" in os.environ:
         from parallel import start
 
-        return start(args.parallel, config_of(), args.device)
+        return start(args.parallel, config_of, args.device)
     return cli.pick_device(args.device), None
 
 

@@ -1,7 +1,7 @@
 """Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html, .warc(.gz) and .parquet to documents (v2 §2.1.1).
 
 HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blocks become lines. A WARC is read record
-by record; its HTML responses are kept. Parquet files need the column "text" (pip install ".[hub]" brings pyarrow). One output
+by record; its successful HTML responses are kept. Parquet files need the column "text" (pip install ".[hub]" brings pyarrow). One output
 .jsonl for each input file, one {"text", "lang"?, "source"} a line.
 
     python -m data.chain --step extract --data crawl --out corpus/1-extract
@@ -17,6 +17,8 @@ from data.reader import CODES, opened, read_jsonl, read_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".parquet")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
+CHUNK = re.compile(rb"([0-9a-fA-F]+)[ \t]*(?:;[^\r\n]*)?\r\n")
+BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no page holds and the first kilobyte of a packed one does
 BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "table", "ul", "ol"}
 
 
@@ -31,7 +33,7 @@ class _Text(HTMLParser):
         if tag == "body" or (tag in BLOCKS and self.hidden == ["head"]):
             self.hidden.clear()  # a <head> that was never closed ends here
         elif self.hidden:
-            if tag == self.hidden[-1]:
+            if tag == self.hidden[-1] or (tag in SKIPPED and self.hidden == ["head"]):
                 self.hidden.append(tag)
         elif tag in SKIPPED:
             self.hidden.append(tag)
@@ -61,13 +63,14 @@ def html_to_text(html):
 
 
 def decode_html(raw, declared=None):
-    """Bytes to text: the declared charset, else the page's own <meta charset>, else UTF-8; never fails."""
+    """Bytes to text that UTF-8 can hold: the declared charset, else the page's own <meta charset>, else UTF-8; never fails."""
     meta = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
     name = declared or (meta[1].decode() if meta else "utf-8")
     try:
-        return raw.decode(name, errors="replace")
+        text = raw.decode(name, errors="replace")
     except (LookupError, UnicodeError):  # unknown, or one that is no charset of pages, such as idna
-        return raw.decode("utf-8", errors="replace")
+        text = raw.decode("utf-8", errors="replace")
+    return text.encode("utf-8", errors="replace").decode()  # utf-7 makes halves of surrogate pairs
 
 
 def _headers(file):
@@ -81,22 +84,38 @@ def _headers(file):
     return headers
 
 
+def inflated(payload, bits):
+    """What the whole members at the beginning of a compressed payload hold; empty where the first is torn or none."""
+    whole = []
+    while payload:
+        member = zlib.decompressobj(bits)
+        try:
+            part = member.decompress(payload)
+        except zlib.error:
+            break
+        if not member.eof:
+            break
+        whole.append(part)
+        payload = member.unused_data
+    return b"".join(whole)
+
+
 def payload_of(head, payload):
     """The payload of an HTTP response without chunks and compression; as it is where it has neither, whatever its head says (crawlers
     undo both and keep the head); empty where it cannot be unpacked, so that it is counted as empty."""
     if re.search(rb"(?im)^transfer-encoding:.*chunked", head):
-        whole, rest = b"", payload
-        while size := re.match(rb"([0-9a-fA-F]+)[^\r\n]*\r\n", rest):
-            end = size.end() + int(size[1], 16)
-            whole, rest = whole + rest[size.end() : end], rest[end + 2 :]
-        payload = whole or payload
+        at, parts = 0, []
+        while (size := CHUNK.match(payload, at)) and (length := int(size[1], 16)):
+            parts.append(payload[size.end() : size.end() + length])
+            at = size.end() + length + 2
+        payload = b"".join(parts) if parts or size else payload
     coding = re.search(rb"(?im)^content-encoding:\s*([\w-]+)", head)
-    if coding and coding[1].lower() in (b"gzip", b"x-gzip", b"deflate") or payload[:2] == b"\x1f\x8b":
-        try:
-            return zlib.decompress(payload, 47)  # gzip or zlib, by the header
-        except zlib.error:
-            return b"" if payload[:2] == b"\x1f\x8b" else payload
-    return b"" if coding and coding[1].lower() in (b"br", b"zstd") and b"<" not in payload[:1024] else payload
+    coding = coding[1].lower() if coding else b"gzip" if payload[:2] == b"\x1f\x8b" else b"identity"
+    if coding in (b"gzip", b"x-gzip", b"deflate"):  # by the header gzip or zlib; deflate often comes without one
+        whole = inflated(payload, 47) or (inflated(payload, -15) if coding == b"deflate" else b"")
+        if whole:
+            return whole
+    return b"" if coding != b"identity" and BINARY.search(payload[:1024]) else payload
 
 
 def read_warc(path):
@@ -110,10 +129,13 @@ def read_warc(path):
             if not line.startswith(b"WARC/"):
                 raise InputError(f"{path}: record {number} does not begin with WARC/ but with {line[:20]!r}")
             headers = _headers(file)
-            if not headers.get("content-length", "").isdigit():
-                raise InputError(f"{path}: record {number} has no Content-Length")
-            body = file.read(int(headers["content-length"]))
-            if len(body) < int(headers["content-length"]):
+            if not re.fullmatch("[0-9]{1,12}", headers.get("content-length", "")):
+                raise InputError(f"{path}: record {number} has no Content-Length, or none of at most 12 digits")
+            length = int(headers["content-length"])
+            if os.path.getsize(path) < length and not path.endswith(".gz"):
+                raise InputError(f"{path}: record {number} is cut short")
+            body = file.read(length)
+            if len(body) < length:
                 raise InputError(f"{path}: record {number} is cut short")
             if headers.get("warc-type") != "response":
                 continue
@@ -121,6 +143,18 @@ def read_warc(path):
             kind = re.search(rb"(?im)^content-type:\s*(?:text/html|application/xhtml\+xml)(?:.*charset=\"?([\w-]+))?", head)
             if kind and re.match(rb"HTTP/\S+ 2\d\d", head):
                 yield headers.get("warc-target-uri", ""), decode_html(payload_of(head, payload), kind[1] and kind[1].decode())
+
+
+def checked(document, where):
+    """The document; raises InputError where a field that the chain reads is of another type."""
+    if not isinstance(document.get("text"), str):
+        raise InputError(f'{where}: field "text" is missing or no str')
+    if not isinstance(document.get("lang", ""), str | None):
+        raise InputError(f'{where}: field "lang" is no str')
+    for field in ("quality", "occurrences"):
+        if not isinstance(document.get(field, 0), int | float):
+            raise InputError(f'{where}: field "{field}" is no number')
+    return document
 
 
 def read_parquet(path):
@@ -135,10 +169,11 @@ def read_parquet(path):
         raise InputError(f"{path}: not a parquet file ({error})") from None
     if "text" not in file.schema_arrow.names:
         raise InputError(f'{path}: no column "text", only {", ".join(file.schema_arrow.names)}')
-    columns = [name for name in ("text", "lang", "source") if name in file.schema_arrow.names]
+    columns, number = [name for name in ("text", "lang", "source") if name in file.schema_arrow.names], 0
     for batch in file.iter_batches(1000, columns=columns):
         for row in batch.to_pylist():
-            yield {"text": "", **{name: value for name, value in row.items() if value is not None}}  # counted as empty
+            number += 1  # an empty cell is an empty text, and counted as one
+            yield checked({"text": "", **{name: value for name, value in row.items() if value is not None}}, f"{path}: row {number}")
 
 
 def documents_of(path):
@@ -149,10 +184,7 @@ def documents_of(path):
         yield {"text": read_text(path), "source": stem}
     elif name.endswith((".jsonl", ".jsonl.gz")):
         for number, value in read_jsonl(path):
-            if not isinstance(value.get("text"), str):
-                raise InputError(f'{path}:{number}: field "text" is missing or no str')
-            if not isinstance(value.get("lang", ""), str | None):
-                raise InputError(f'{path}:{number}: field "lang" is no str')
+            checked(value, f"{path}:{number}")
             yield {"lang": stem, **value} if stem in CODES else value
     elif name.endswith(".parquet"):
         yield from read_parquet(path)

@@ -45,11 +45,18 @@ def read_text(path):
 
 
 def parsed(line):
-    """A line's JSON value; ValueError also where half of a surrogate pair stands alone, which UTF-8 cannot hold."""
-    value = json.loads(line)
-    if "\\ud" in line.lower():
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
+    """A line's JSON value. ValueError says what is wrong: also half of a surrogate pair, which UTF-8 cannot hold, and endless brackets."""
+    try:
+        value = json.loads(line)
+        if "\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.pos + 1}") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair stands alone") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_jsonl(path):

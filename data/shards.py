@@ -63,7 +63,8 @@ def write_shards(source, out, run, workers=None):
 
 def is_shards(folder):
     """Whether `folder` holds shards, finished or not."""
-    return folder is not None and any(os.path.exists(os.path.join(folder, name)) for name in (INDEX, "settings.json"))
+    names = os.listdir(folder) if folder is not None and os.path.isdir(folder) else ()
+    return any(name == INDEX or ".tokens" in name for name in names)
 
 
 class Shards:

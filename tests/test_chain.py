@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from data import chain, dedup, filters, langid, market, noise, quality, reader, shards
-from data.extract import decode_html, html_to_text, read_warc
+from data.extract import decode_html, documents_of, html_to_text, read_warc
 from tokenizer import Tokenizer, train_bpe
 from train import Tokenised, TokenRows
 
@@ -27,6 +27,7 @@ def test_a_page_becomes_what_a_reader_sees():
     assert html_to_text(PAGE) == "Baju kurung\nHarga RM45,\nstok 3 & lagi\nWarna biru"
     assert html_to_text("<head><title>never closed<body>text") == "text"
     assert html_to_text("<head><title>no body either</title><p>text") == "text"
+    assert html_to_text("<head><noscript><div>x</div>Enable</noscript><title>Shop</title></head><body>text") == "text"
     assert html_to_text("") == "" and html_to_text("no tags < 5") == "no tags < 5"
 
 
@@ -35,6 +36,7 @@ def test_charsets():
     assert decode_html(b'<meta charset="gb2312">' + "红".encode("gb2312")).endswith("红")
     assert all(decode_html(b'<meta charset="%s">red' % name).endswith("red") for name in (b"none-such", b"idna", b"undefined"))
     assert decode_html("é".encode(), "no-such-charset") == "é"
+    assert decode_html(b"a +2D0- b", "utf-7") == "a ? b"  # half of a surrogate pair
 
 
 def warc_record(body, kind="response", uri="http://a.example/"):
@@ -52,14 +54,23 @@ def test_warc_keeps_html_responses(tmp_path):
     head, raw = page.split(b"\r\n\r\n", 1)
     packed, plain = gzip.compress(raw), b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
     chunks = b"".join(b"%x;x=y\r\n%s\r\n" % (len(raw[i : i + 50]), raw[i : i + 50]) for i in range(0, len(raw), 50)) + b"0\r\n\r\n"
+    bare, half = zlib.compressobj(wbits=-15), len(raw) // 2
     bodies = {
         "Transfer-Encoding: chunked": chunks, "Content-Encoding: gzip": packed, "content-encoding: deflate": zlib.compress(raw),
+        "Content-Encoding:deflate": bare.compress(raw) + bare.flush(), "X: no word of it": packed + b"\r\n",
+        "Content-encoding: gzip": gzip.compress(raw[:half]) + gzip.compress(raw[half:]),
         "Content-Encoding:  gzip": raw, "Transfer-Encoding:  chunked": raw,  # undone by the crawler, which kept the head
     }  # fmt: skip
     responses = [b"%s\r\n%s\r\n\r\n%s" % (plain, name.encode(), body) for name, body in bodies.items()]
-    unreadable = b"%s\r\nContent-Encoding: br\r\n\r\n\x0b\x02\x80abc" % plain
-    (tmp_path / "d.warc").write_bytes(b"".join(map(warc_record, [*responses, unreadable, page.replace(b"200 OK", b"404 Not Found")])))
-    assert [html for _, html in read_warc(str(tmp_path / "d.warc"))] == [PAGE] * len(responses) + [""]
+    noise = random.Random(0).randbytes(5000)
+    nothing = {"Content-Encoding: br": noise, "Content-Encoding: gzip": packed[:-20], "Transfer-Encoding: chunked": b"0\r\n\r\n"}
+    unreadable = [b"%s\r\n%s\r\n\r\n%s" % (plain, name.encode(), body) for name, body in nothing.items()]
+    (tmp_path / "d.warc").write_bytes(b"".join(map(warc_record, [*responses, *unreadable, page.replace(b"200 OK", b"404 Not Found")])))
+    assert [html for _, html in read_warc(str(tmp_path / "d.warc"))] == [PAGE] * len(responses) + [""] * 3
+    for size in (b"\xc2\xb2", b"9" * 25, b"-1", b"9" * 12):
+        (tmp_path / "e.warc").write_bytes(b"WARC/1.0\r\nContent-Length: %s\r\n\r\n" % size)
+        with pytest.raises(ValueError, match="e.warc: record 1 (has no Content-Length|is cut short)"):
+            list(read_warc(str(tmp_path / "e.warc")))
     (tmp_path / "c.warc").write_bytes(records[:-200])
     with pytest.raises(ValueError, match="c.warc: record 4 is cut short"):
         list(read_warc(str(tmp_path / "c.warc")))
@@ -368,6 +379,10 @@ def test_shards_refuse_what_does_not_belong(tmp_path, micro_tokenizer, script):
     os.remove(tmp_path / "out" / "shards.json")
     result = script("train.py", "--data", tmp_path / "out", "--run", tmp_path / "run")
     assert result.returncode == 2 and "the shards are not finished" in result.stderr
+    assert shards.is_shards(tmp_path / "out") and not shards.is_shards(None) and not shards.is_shards(tmp_path / "none")
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain" / "settings.json").write_text("{}")  # as a step of the corpus chain leaves it beside its documents
+    assert not shards.is_shards(tmp_path / "chain")
 
 
 def test_download_from_a_local_folder_and_parquet(tmp_path, script):
@@ -392,3 +407,9 @@ def test_download_from_a_local_folder_and_parquet(tmp_path, script):
     (tmp_path / "bad" / "a.parquet").write_bytes(b"PAR1 but torn")
     torn = script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "bad", "--out", tmp_path / "out2")
     assert torn.returncode == 2 and "a.parquet: not a parquet file" in torn.stderr
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "bad" / "a.parquet")
+    with pytest.raises(ValueError, match='a.parquet: row 1: field "text" is missing or no str'):
+        list(documents_of(str(tmp_path / "bad" / "a.parquet")))
+    (tmp_path / "bad" / "b.jsonl").write_text('{"text": "x", "quality": 0.5}\n{"text": "y", "quality": null}')
+    with pytest.raises(ValueError, match='b.jsonl:2: field "quality" is no number'):
+        list(documents_of(str(tmp_path / "bad" / "b.jsonl")))

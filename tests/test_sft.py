@@ -1,7 +1,10 @@
 """sft.py: packing against trl and a bound, masks, curriculum, bad task files."""
 
 import copy
+import json
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -217,3 +220,12 @@ def test_near_copies_of_test_tasks_are_left_out():
     train = [task for task in tasks("train", 0, 1) if "think" in task]
     planted = {**test[0], "messages": [{"role": "user", "content": test[0]["messages"][0]["content"].upper() + " !"}]}
     assert decontaminated([*train, planted], test) == train
+
+
+def test_nothing_but_near_copies_is_said(script, tmp_path):
+    shutil.copytree("checkpoints/tiny", tmp_path / "run")
+    os.rename(tmp_path / "run" / "sft2", tmp_path / "run" / "sft1")
+    copy = next(task for task in tasks("test", 0, 1) if "think" in task)
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(copy))
+    result = script("sft.py", "--run", tmp_path / "run", "--stage", "sft2", "--data", tmp_path / "tasks.jsonl", "--steps", "1")
+    assert result.returncode == 2 and result.stderr == "sft.py: error: sft2: no task is left to train on\n", result.stderr

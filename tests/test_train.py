@@ -336,12 +336,13 @@ def test_kill_and_sigterm_lose_nothing_saved(micro_config, micro_tokenizer, tmp_
 @pytest.mark.parametrize(
     "name,content,message",
     [
-        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2: malformed JSON"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2: malformed JSON (Expecting value at column 11)"),
+        ("a.jsonl", b'{"text": "fine"}\n' + b"[" * 100_000, "a.jsonl:2: malformed JSON (nested too deeply)"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1: expected a JSON object"),
         ("a.jsonl", b'{"text": ""}\n', 'a.jsonl:1: field "text" is missing or empty'),
         ("a.jsonl", b'{"text": "x", "lang": "xx"}\n', "a.jsonl:1: unknown language 'xx'"),
         ("a.jsonl", b'{"text": "x", "lang": ["en"]}\n', "a.jsonl:1: unknown language ['en']"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "half \\ud83d"}\n', "a.jsonl:2: malformed JSON ('utf-8' codec can't encode"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "half \\ud83d"}\n', "a.jsonl:2: malformed JSON (half of a surrogate pair stands alone)"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged gzip file"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt:2: not UTF-8"),
         ("a.txt", b" \n", "a.txt: empty file"),
