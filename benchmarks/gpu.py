@@ -23,13 +23,15 @@ import cli
 from benchmarks import keep
 from benchmarks.generation import endless_tokenizer
 from benchmarks.moe import step_flops
+from benchmarks.quantization import held
 from cli import InputError
 from compass import CONFIGS, Compass
 from engine import Engine
 from generate import GREEDY
 from kernels import fp8_grouped_matmul, int4_grouped_matmul, permute, permute_reference, unpermute, unpermute_reference
-from lowbit import FP8Linear, Int4Linear, matrices, quantize_fp8, quantize_int4, with_quantized
+from lowbit import FP8Linear, Int4Linear, matrices, with_quantized
 from moe import MoE
+from quantize import GROUP, round_weight
 from recipes import RECIPES
 from report import table
 from train import CLIP, assemble, language_model_loss, make_optimizer, precision
@@ -97,8 +99,7 @@ def products(limits):
 def product(E, rows, D, F, limits):
     """{arm: {ms, share, error}} of `rows` rows, about the same number for each of E matrices (F, D). error: from bf16's product."""
     weight_EFD = torch.randn(E, F, D, device=DEVICE, dtype=torch.bfloat16) / D**0.5
-    q, scales, zeros = quantize_int4(weight_EFD, 128)
-    int4, fp8 = (q, scales.bfloat16(), zeros.to(torch.uint8)), quantize_fp8(weight_EFD)
+    int4, fp8 = (tuple(round_weight(weight_EFD, method, GROUP)[0].values()) for method in ("rtn", "fp8"))
     x_RD = torch.randn(rows, D, device=DEVICE, dtype=torch.bfloat16)
     counts_E = torch.full((E,), rows // E, device=DEVICE)
     counts_E[0] += rows - counts_E.sum()
@@ -193,19 +194,13 @@ def small_models():
         if not name.endswith("router.weight"):
             p.data = p.data.bfloat16()
     yield "bf16", model
-    kinds = {"int4": lambda w: Int4Linear(*int4(w)), "fp8": lambda w: FP8Linear(*quantize_fp8(w))}
-
-    def int4(weight):
-        q, scales, zeros = quantize_int4(weight, 128)
-        return q, scales.bfloat16(), zeros.to(torch.uint8)
-
     state, names = model.state_dict(), matrices(config)
-    for kind, make in kinds.items():
+    for kind, method, module in (("int4", "rtn", Int4Linear), ("fp8", "fp8", FP8Linear)):
         weights, used = {}, set()
         for name, (E, _, _) in names.items():
             key = f"{name}.weight" if E == 1 else {"gate_up": f"{name}_ED2F", "down": f"{name}_EFD"}[name.rpartition(".")[2]]
             weight = state[key][None] if E == 1 else state[key].transpose(1, 2)
-            weights[name] = make(weight)
+            weights[name] = module(**round_weight(weight, method, GROUP)[0])
             used.add(key)
         yield kind, with_quantized(config, weights, {name: t for name, t in state.items() if name not in used}).to(DEVICE)
 
@@ -227,8 +222,7 @@ def decoding(new=64):
             torch.cuda.synchronize()
             per_step = (time.perf_counter() - began) / (steps + 1)
             results.setdefault(str(rows), {})[kind] = {"tokens/s": rows / per_step, "ms a step": 1e3 * per_step}
-        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        results.setdefault("memory, GB", {})[kind] = held / 1e9
+        results.setdefault("memory, GB", {})[kind] = held(model) / 1e9
         print(kind, json.dumps({rows: r.get(kind) for rows, r in results.items()}), flush=True)
     return results
 

@@ -68,9 +68,11 @@ def test_warc_keeps_html_responses(tmp_path):
     (tmp_path / "d.warc").write_bytes(b"".join(map(warc_record, [*responses, *unreadable, page.replace(b"200 OK", b"404 Not Found")])))
     assert [html for _, html in read_warc(str(tmp_path / "d.warc"))] == [PAGE] * len(responses) + [""] * 3
     for size in (b"\xc2\xb2", b"9" * 25, b"-1", b"9" * 12):
-        (tmp_path / "e.warc").write_bytes(b"WARC/1.0\r\nContent-Length: %s\r\n\r\n" % size)
-        with pytest.raises(ValueError, match="e.warc: record 1 (has no Content-Length|is cut short)"):
-            list(read_warc(str(tmp_path / "e.warc")))
+        content = b"WARC/1.0\r\nContent-Length: %s\r\n\r\n" % size
+        for name, written in (("e.warc", content), ("e.warc.gz", gzip.compress(content))):
+            (tmp_path / name).write_bytes(written)
+            with pytest.raises(ValueError, match=f"{name}: record 1 (has no Content-Length|is cut short)"):
+                list(read_warc(str(tmp_path / name)))
     (tmp_path / "c.warc").write_bytes(records[:-200])
     with pytest.raises(ValueError, match="c.warc: record 4 is cut short"):
         list(read_warc(str(tmp_path / "c.warc")))

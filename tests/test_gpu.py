@@ -191,9 +191,7 @@ def test_every_script_runs(script, tmp_path):
     """Every stage a few steps, quantization and evaluation."""
     run, new = tmp_path / "run", tmp_path / "new"
     shutil.copytree(SHIPPED, run)
-    new.mkdir()
-    for name in ("tokenizer.tiktoken", "tokenizer.json"):
-        shutil.copy(os.path.join(SHIPPED, name), new)
+    Tokenizer.load(SHIPPED).save(new)
     for command in (
         ("train.py", "--run", new, "--steps", "12"),
         ("sft.py", "--run", new, "--steps", "6"),
@@ -211,8 +209,7 @@ def test_every_script_runs(script, tmp_path):
 
 def test_torchrun_over_nccl(script, tmp_path):
     """One process of many: FSDP2 and sharded checkpoints on nccl, then on from them without torchrun. (ep > 1 needs more GPUs.)"""
-    for name in ("tokenizer.tiktoken", "tokenizer.json"):
-        shutil.copy(os.path.join(SHIPPED, name), tmp_path)
+    Tokenizer.load(SHIPPED).save(tmp_path)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "--")
     for command in (
         (*torchrun, "train.py", "--run", tmp_path, "--stage", "general", "--steps", "6", "--parallel", "ep=1"),
