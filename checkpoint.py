@@ -30,8 +30,8 @@ STAGES = {
     "general": "python train.py", "anneal": "python train.py --stage anneal", "market": "python train.py --stage market",
     "reasoning": "python train.py --stage reasoning", "extend": "python train.py --stage extend",
     "long": "python train.py --stage long", "mtp": "python train.py --stage mtp",
-    "sft1": "python sft.py", "drills": "python sft.py --stage drills", "sft2": "python sft.py --stage sft2",
-    "dpo": "python dpo.py", "otpo": "python otpo.py",
+    "sft1": "python sft.py", "pairs": "python sft.py --stage pairs", "drills": "python sft.py --stage drills",
+    "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
 MANIFEST, MOMENTS = "manifest.json", ("exp_avg", "exp_avg_sq")  # of a checkpoint that is a folder of shards

@@ -13,7 +13,8 @@ stage train.py general 1500
 stage train.py anneal 400
 stage train.py long 150
 stage sft.py sft1 4500      # direct answers, few phrasings
-stage sft.py drills 6000    # many comparisons in one conversation
+stage sft.py pairs 1200     # is it the same word, is it the larger number?
+stage sft.py drills 3000    # all that needs a thought, and copying
 stage sft.py sft2 20000     # thoughts beside direct answers, all phrasings
 python evaluate.py --run "$RUN" --tasks "${TASKS:-10}"
 python checkpoint.py --run "$RUN" --export "$RUN/export"

@@ -23,7 +23,7 @@ from compass import CompassConfig
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
-from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, tasks, training
+from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, PAIRS, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought, with_room
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, model_from, processes, stage_schedule
@@ -31,12 +31,15 @@ from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, m
 # stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
     "sft1": (("mtp", "long"), Schedule(4200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
-    "drills": (("sft1",), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
-    "sft2": (("drills", "sft1"), Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
+    "pairs": (("sft1",), Schedule(600, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
+    "drills": (("pairs", "sft1"), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
+    "sft2": (("drills", "pairs", "sft1"), Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
 # shares and phrasings, see data/tasks.py: first the tasks, then more ways of asking for them, in a long training all of them
-EXERCISES = {"sft1": (FIRST, 4), "drills": (DRILLS, math.inf), "sft2": (LATER, None), "sft2 after drills": (AFTER_DRILLS, math.inf)}
+EXERCISES = {
+    "sft1": (FIRST, 4), "pairs": (PAIRS, 4), "drills": (DRILLS, 4), "sft2": (LATER, None), "sft2 after drills": (AFTER_DRILLS, math.inf),
+}  # fmt: skip
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
@@ -137,11 +140,13 @@ def chat_of(task, thinking):
 
 
 def curriculum(stage, examples, seed):
-    """[(task, thinking), …] of a stage. sft1 (and drills) answers directly what needs no thought. sft2 takes every task that has a
-    thought, with it, and for each of them two tasks drawn from all, answered directly: they keep what sft1 learnt and teach the
-    switch. Where nothing has a thought, sft2 goes over everything once more."""
+    """[(task, thinking), …] of a stage. sft1 answers directly what needs no thought. pairs and drills take everything once, thinking
+    where there is a thought. sft2 takes every task that has a thought, with it, and for each of them two tasks drawn from all, answered
+    directly: they keep what sft1 learnt and teach the switch. Where nothing has a thought, sft2 goes over everything once more."""
+    if stage in ("pairs", "drills"):
+        return [(task, "think" in task) for task in examples]
     reasoning = [task for task in examples if "think" in task]
-    if stage != "sft2":
+    if stage == "sft1":
         if reasoning:
             print(f"{stage}: {len(reasoning):,} of {len(examples):,} tasks have a thought and wait for sft2")
         if len(reasoning) == len(examples):
@@ -234,17 +239,17 @@ def sft_loss(model, batch):
     return losses.total, metrics
 
 
-def selected_thoughts(examples, args, device):
+def selected_thoughts(stage, examples, args, device):
     """The examples without those reasoning tasks that resemble a held-out one or, given --rollouts, are too hard or too easy."""
     direct, reasoning = ([task for task in examples if ("think" in task) == thinks] for thinks in (False, True))
     clean = decontaminated(reasoning, tasks("test", 0, 10)) if reasoning else []
     if len(clean) < len(reasoning):
-        print(f"sft2: {len(reasoning) - len(clean):,} reasoning tasks resemble held-out ones and are left out")
+        print(f"{stage}: {len(reasoning) - len(clean):,} reasoning tasks resemble held-out ones and are left out")
     if args.rollouts and clean:
         rates = pass_rates(*load_for_inference(args.rollouts, device), clean, seed=args.seed)
         kept = [task for task, rate in zip(clean, rates, strict=True) if WINDOW[0] <= rate <= WINDOW[1]]
         hard, easy = sum(rate < WINDOW[0] for rate in rates), sum(rate > WINDOW[1] for rate in rates)
-        print(f"sft2: {hard:,} of {len(clean):,} reasoning tasks are too hard, {easy:,} too easy for {args.rollouts}; {len(kept):,} stay")
+        print(f"{stage}: {hard:,} of {len(clean):,} reasoning tasks too hard, {easy:,} too easy for {args.rollouts}; {len(kept):,} stay")
         clean = kept
     return direct + clean
 
@@ -267,8 +272,8 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     else:
         exercises = EXERCISES[f"{stage} after drills" if before == "drills" else stage]
         examples = training(args.seed, min(MOST, PER_STEP * schedule.steps), *exercises)
-    if stage == "sft2":
-        examples = selected_thoughts(examples, args, device)
+    if stage != "sft1":
+        examples = selected_thoughts(stage, examples, args, device)
     if not examples:
         raise InputError(f"{stage}: no task is left to train on")
     model = model_from(state, args.run, ranks, device)

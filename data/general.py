@@ -5,6 +5,7 @@ A task is what data/tasks.py says it is. Products, rules and numbers are drawn a
 split between the training and the test world. Facts (which country a city is in) cannot be: there are only so many.
 """
 
+import functools
 import json
 import keyword
 import random
@@ -39,6 +40,32 @@ def draw_name(names, rng, split):
 
 
 YES_NO = ("yes", "no")
+
+
+def same(one, other, lang):
+    """(question, yes or no): are the two texts the same?"""
+    return f"{one} = {other}?", lexicon(lang)[YES_NO[one != other]]
+
+
+def larger(a, b, lang, dress=str):
+    """(question, yes or no): is the first number the larger? dress writes it."""
+    return f"{dress(a)} > {dress(b)}?", lexicon(lang)[YES_NO[a <= b]]
+
+
+def thought(pairs):
+    """The chain of thought that asks itself these questions: (question, answer) pairs."""
+    return " ".join(f"{question} {answer}." for question, answer in pairs)
+
+
+def search(labelled, wanted, lang):
+    """The thought that goes through (label, text) pairs until a text is the wanted one."""
+    steps = []
+    for label, text in labelled:
+        question, answer = same(text, wanted, lang)
+        steps.append((f"{label} {question}", answer))
+        if text == wanted:
+            break
+    return thought(steps)
 
 
 def ask(lang, rng, split, kind, **words):
@@ -165,9 +192,12 @@ def retrieval(lang, rng, split):
     products, text = shelf(lang, rng, split)
     if trouble == "integration":
         question, answer = cheaper_question(products, lang, rng, split)
+        think = thought([larger(products[0].price, products[1].price, lang, functools.partial(money, lang=lang))])
     else:
-        question, answer = named_question(products, rng.randint(0, 1) if trouble == "noise" else 2, lang, rng, split)
-    return {"messages": about(text, question), "answer": answer}
+        asked = rng.randint(0, 1) if trouble == "noise" else 2
+        question, answer = named_question(products, asked, lang, rng, split)
+        think = search([("[1]", products[0].name), ("[2]", products[1].name)], products[asked].name, lang)
+    return {"messages": about(text, question), "answer": answer, "think": think}
 
 
 def role_play(lang, rng, split):
@@ -187,14 +217,16 @@ def shop_rules(lang, rng, split):
 
 
 def allowed_question(kind, limit, threshold, lang, rng, split):
-    """(question, yes or no): is a return still possible, or is shipping free?"""
+    """(question, yes or no, thought): is a return still possible, or is shipping free?"""
     if kind == "return":
         days = rng.randint(1, 2 * limit)
         question, yes = ask(lang, rng, split, kind, days=days), days <= limit
+        step = larger(days, limit, lang)
     else:
         amount = rng.randint(11, 2 * threshold)
         question, yes = ask(lang, rng, split, kind, amount=money(amount, lang)), amount >= threshold
-    return question, lexicon(lang)[YES_NO[not yes]]
+        step = larger(threshold, amount, lang, functools.partial(money, lang=lang))
+    return question, lexicon(lang)[YES_NO[not yes]], thought([step])
 
 
 def platform(lang, rng, split):
@@ -204,10 +236,10 @@ def platform(lang, rng, split):
     if kind == "voucher":
         amount = rng.randint(11, 99)
         question = ask(lang, rng, split, kind, amount=money(amount, lang))
-        thought = lex["thoughts"]["voucher"].format(steps=f"{amount} - {off} = {amount - off}")
-        return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": thought}
-    question, answer = allowed_question(kind, limit, threshold, lang, rng, split)
-    return {"messages": about(text, question), "answer": answer, "choices": [lex[word] for word in YES_NO]}
+        think = lex["thoughts"]["voucher"].format(steps=f"{amount} - {off} = {amount - off}")
+        return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": think}
+    question, answer, think = allowed_question(kind, limit, threshold, lang, rng, split)
+    return {"messages": about(text, question), "answer": answer, "think": think, "choices": [lex[word] for word in YES_NO]}
 
 
 TASKS = {

@@ -170,11 +170,14 @@ def steps_product(a, n):
 
 
 def draw_sum(rng, split):
-    """Two numbers of two digits whose sum belongs to the training or the test world, by a hash of the pair in this order: where 27 + 45 is
-    asked in the one, 45 + 27 may be in the other."""
+    """Two numbers of two digits. The test world has the pairs of a tenth of all hashes, training those of which neither order is such."""
+
+    def held_out(a, b):
+        return zlib.crc32(f"{a}+{b}".encode()) % 10 == 0
+
     while True:
         a, b = rng.randint(11, 99), rng.randint(11, 99)
-        if (zlib.crc32(f"{a}+{b}".encode()) % 10 == 0) == (split == "test"):
+        if held_out(a, b) if split == "test" else not (held_out(a, b) or held_out(b, a)):
             return a, b
 
 
@@ -191,7 +194,7 @@ def maths_document(rng, split):
 
 
 def code_document(rng):
-    name, price, n = rng.choice(["total", "cost", "amount", "bill"]), rng.randint(11, 99), rng.randint(2, 9)
+    name, price, n = rng.choice(["total", "cost", "fee", "bill"]), rng.randint(11, 99), rng.randint(2, 9)
     return f"def {name}(price, pieces):\n    return price * pieces\n\nprint({name}({price}, {n}))  # {price * n}"
 
 

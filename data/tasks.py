@@ -21,7 +21,7 @@ import re
 
 import cli
 from data import general, market
-from data.general import YES_NO, about, ask
+from data.general import YES_NO, about, ask, larger, same, search, thought
 from data.market import LANGUAGES, draw_product, lexicon, money, page
 
 
@@ -37,21 +37,19 @@ def lookup(kinds):
 
 
 def query_about(product, lang, rng):
-    """(query, yes or no): whether the product fits it; queries that do not differ in type or, harder, in colour only."""
+    """(query, yes or no, thought): whether the product fits it; queries that do not differ in type or, harder, in colour only."""
     lex, words = lexicon(lang), product.words(lang)
-    fits = rng.random() < 0.5
+    fits, wanted = rng.random() < 0.5, dict(words)
     if not fits:
         key = rng.choice(("type", "colour"))
-        words[key] = rng.choice([word for word in lex[market.FIELDS[key]].values() if word != words[key]])
-    return lex["query"].format(**words), lex[YES_NO[not fits]]
+        wanted[key] = rng.choice([word for word in lex[market.FIELDS[key]].values() if word != words[key]])
+    steps = [same(words[key], wanted[key], lang) for key in ("colour", "type")]
+    return lex["query"].format(**wanted), lex[YES_NO[not fits]], thought(steps)
 
 
 def question_about(product, lang, rng, split, kind):
-    """(question, answer): a field of the product, or whether it fits a query that half the time does not."""
-    if kind != "match":
-        return ask(lang, rng, split, kind), product.words(lang)[kind]
-    query, answer = query_about(product, lang, rng)
-    return ask(lang, rng, split, kind, query=query), answer
+    """(question, answer): a field of the product."""
+    return ask(lang, rng, split, kind), product.words(lang)[kind]
 
 
 def classification(lang, rng, split):
@@ -97,8 +95,10 @@ def recommendation(lang, rng, split):
     """Three listed products of different colours; name the one of the wanted colour."""
     products = different_colours(3, rng, split)
     wanted = rng.choice(products)
-    question = ask(lang, rng, split, "recommend", colour=lexicon(lang)["colours"][wanted.colour])
-    return {"messages": about(catalogue(products, lang), question), "answer": wanted.name}
+    colours = lexicon(lang)["colours"]
+    question = ask(lang, rng, split, "recommend", colour=colours[wanted.colour])
+    think = search([(f"{p.name}:", colours[p.colour]) for p in products], colours[wanted.colour], lang)
+    return {"messages": about(catalogue(products, lang), question), "answer": wanted.name, "think": think}
 
 
 def numerical_reasoning(lang, rng, split):
@@ -113,7 +113,12 @@ def numerical_reasoning(lang, rng, split):
 
 
 def matching(lang, rng, split):
-    return {**lookup(("match",))(lang, rng, split), "choices": [lexicon(lang)[word] for word in YES_NO]}
+    """A page and a query that half the time the product does not fit."""
+    product, kind = draw_product(rng, split), rng.choice(("match",))  # a choice of one, for the frozen test tasks were drawn with it
+    query, answer, think = query_about(product, lang, rng)
+    question = ask(lang, rng, split, kind, query=query)
+    messages = about(page(product, lang, rng, split), question)
+    return {"messages": messages, "answer": answer, "think": think, "choices": [lexicon(lang)[word] for word in YES_NO]}
 
 
 def review_understanding(lang, rng, split):
@@ -148,18 +153,20 @@ def changed_once(product, rng, split):
 
 
 def line_about(product, lang, rng, split):
-    """(shop-window line, yes or no): whether it is the product's, or that of one which differs in a single field."""
-    lex, same = lexicon(lang), rng.random() < 0.5
-    other = product if same else changed_once(product, rng, split)
-    return lex["listing"].format(**other.words(lang)), lex[YES_NO[not same]]
+    """(shop-window line, yes or no, thought): whether it is the product's, or that of one which differs in a single field."""
+    lex = lexicon(lang)
+    other = product if rng.random() < 0.5 else changed_once(product, rng, split)
+    words, others = product.words(lang), other.words(lang)
+    steps = [same(words[key], others[key], lang) for key in ("type", "colour", "price")]
+    return lex["listing"].format(**others), lex[YES_NO[other != product]], thought(steps)
 
 
 def similarity(lang, rng, split):
     """A page and a shop-window line: the same product, or one that differs in a single field?"""
     product = draw_product(rng, split)
-    line, answer = line_about(product, lang, rng, split)
-    text = f"{page(product, lang, rng, split)}\n{line}"
-    return {"messages": about(text, ask(lang, rng, split, "similar")), "answer": answer, "choices": [lexicon(lang)[w] for w in YES_NO]}
+    line, answer, think = line_about(product, lang, rng, split)
+    messages = about(f"{page(product, lang, rng, split)}\n{line}", ask(lang, rng, split, "similar"))
+    return {"messages": messages, "answer": answer, "think": think, "choices": [lexicon(lang)[word] for word in YES_NO]}
 
 
 def information_generation(lang, rng, split):
@@ -176,9 +183,11 @@ def questioning(lang, rng, split):
     rng.shuffle(facts)
     given = [lex["test_facts"][f] if split == "test" else market.phrase(lex["pages"]["facts"][f], rng) for f in facts if f != missing]
     head = lex["pages"]["test"][0].split("\n")[0] if split == "test" else market.phrase(lex["pages"]["heads"], rng)
-    text = (head + "\n" + rng.choice(lex["pages"]["joiners"]).join(given)).format(**product.words(lang))
-    choices = list(lex["ask_for"].values())
-    return {"messages": about(text, ask(lang, rng, split, "missing")), "answer": lex["ask_for"][missing], "choices": choices}
+    words, questions = product.words(lang), lex["ask_for"]
+    text = (head + "\n" + rng.choice(lex["pages"]["joiners"]).join(given)).format(**words)
+    think = " ".join(f"{words[fact]}: {questions[fact]}" for fact in facts if fact != missing)  # what the page does answer
+    messages = about(text, ask(lang, rng, split, "missing"))
+    return {"messages": messages, "answer": questions[missing], "think": think, "choices": list(questions.values())}
 
 
 def mathematics(lang, rng, split):
@@ -222,8 +231,10 @@ def tasks(split, seed, per_task):
 
 
 def fingerprint(made):
-    """16 hexadecimal digits that stand for a list of tasks: two accuracies compare only where these are equal."""
-    return hashlib.sha256(json.dumps(made, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hexadecimal digits that stand for a list of tasks: two accuracies compare only where these are equal. Reference thoughts do not
+    count, they are neither shown nor scored."""
+    asked = [{key: value for key, value in task.items() if key != "think"} for task in made]
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ledger(lang, rng, split):
@@ -270,12 +281,16 @@ def glued(words, rng):
 
 
 def recital(lang, rng, split, turns=3):
-    """Words of all languages, whole and glued, to be said again: a token that is never an answer in training cannot be one later."""
-    words, said = known_words(), []
+    """Words of all languages, whole and glued, to be said again: a token that is never an answer in training cannot be one later.
+
+    Between quotation marks and behind other commas a tokenizer cuts the same word differently; this, too, has to be learnt."""
+    words, pairs = known_words(), []
     for _ in range(turns):
         drawn = [rng.choice(words) if rng.random() < 0.5 else glued(words, rng) for _ in range(rng.randint(2, 8))]
-        said.append(" ".join(word.capitalize() if rng.random() < 0.3 else word for word in drawn))
-    return drill([(f"» {text}", text) for text in said])
+        drawn = [word.capitalize() if rng.random() < 0.3 else word for word in drawn]
+        quotes, joiner = rng.choice(("{}", "{}", "“{}”", "「{}」", '"{}"', "{},", "{}:")), rng.choice((" ", " ", "，", ", "))
+        pairs.append((f"»{joiner}{' '.join(quotes.replace('{}', word) for word in drawn)}", joiner.join(drawn)))
+    return drill(pairs)
 
 
 def functions(lang, rng, split, turns=5):
@@ -288,31 +303,34 @@ def functions(lang, rng, split, turns=5):
     return drill([general.function_question(rng.choice(formulas), name, lang, rng, split) for name in names])
 
 
-def rules(lang, rng, split, turns=6):
-    """A shop's rules and many questions: is a return still possible, is shipping free?"""
-    limit, threshold, _, text = general.shop_rules(lang, rng, split)
-    asked = [rng.choice(("return", "shipping")) for _ in range(turns)]
-    return chat(text, [general.allowed_question(kind, limit, threshold, lang, rng, split) for kind in asked])
+def asked_aloud(steps):
+    """A drill of the questions a thought asks itself, two at a time; the answer says them again with their verdicts, as a thought does."""
+    pairs = [steps[i : i + 2] for i in range(0, len(steps), 2)]
+    return drill([(" ".join(question for question, _ in pair), thought(pair)) for pair in pairs])
 
 
-def word_pairs(lang, rng, split, turns=8):
-    """Two colours or two product types a question: are they the same?"""
-    lex, pairs = lexicon(lang), []
-    for _ in range(turns):
-        known = list(lex[rng.choice(("colours", "types"))].values())
-        one, same = rng.choice(known), rng.random() < 0.5
-        other = one if same else rng.choice([word for word in known if word != one])
-        pairs.append((f"{one} = {other}?", lex[YES_NO[not same]]))
-    return drill(pairs)
+def word_pairs(lang, rng, split, n=8):
+    """Two colours, product types or names: are they the same?"""
+    lex, steps = lexicon(lang), []
+    for _ in range(n):
+        kind = rng.choice(("colours", "types", "names"))
+        known = sorted({draw_product(rng, split).name for _ in range(4)}) if kind == "names" else list(lex[kind].values())
+        one = rng.choice(known)
+        other = one if rng.random() < 0.5 else rng.choice([word for word in known if word != one])
+        steps.append(same(one, other, lang))
+    return asked_aloud(steps)
 
 
-def number_pairs(lang, rng, split, turns=8):
-    """Two prices or two numbers a question: is the first the larger?"""
-    lex, pairs = lexicon(lang), []
-    for _ in range(turns):
+def number_pairs(lang, rng, split, n=8):
+    """Two prices or two numbers: is the first the larger, or are they the same?"""
+    steps = []
+    for _ in range(n):
         (a, b), dress = rng.sample(range(1, 100), 2), rng.choice((str, functools.partial(money, lang=lang)))
-        pairs.append((f"{dress(a)} > {dress(b)}?", lex[YES_NO[a < b]]))
-    return drill(pairs)
+        if rng.random() < 0.5:
+            steps.append(larger(a, b, lang, dress))
+        else:
+            steps.append(same(dress(a), dress(rng.choice((a, b))), lang))
+    return asked_aloud(steps)
 
 
 def shelf(lang, rng, split, turns=5):
@@ -323,60 +341,37 @@ def shelf(lang, rng, split, turns=5):
     return chat(text, pairs)
 
 
-def shown(product, lang, rng, split):
-    """A product's page, or its line in the shop window."""
-    return page(product, lang, rng, split) if rng.random() < 0.5 else lexicon(lang)["listing"].format(**product.words(lang))
-
-
-def fitting(lang, rng, split, turns=8):
-    """One product and many queries: does it fit? The first is asked in words, the others stand alone."""
-    product = draw_product(rng, split)
-    (query, answer), *others = [query_about(product, lang, rng) for _ in range(turns)]
-    return chat(shown(product, lang, rng, split), [(ask(lang, rng, split, "match", query=query), answer), *others])
-
-
-def sameness(lang, rng, split, turns=6):
-    """One product and many lines of a shop window: the same product?"""
-    product = draw_product(rng, split)
-    (line, answer), *others = [line_about(product, lang, rng, split) for _ in range(turns)]
-    return chat(f"{shown(product, lang, rng, split)}\n{line}", [(ask(lang, rng, split, "similar"), answer), *others])
-
-
-def listing(lang, rng, split):
-    """A shop window of 2 to 5 products of different colours: which is the red one? The first is asked in words, the others are a colour."""
-    products = different_colours(rng.randint(2, 5), rng, split)
-    (colour, name), *others = [(lexicon(lang)["colours"][p.colour], p.name) for p in rng.sample(products, len(products))]
-    return chat(catalogue(products, lang), [(ask(lang, rng, split, "recommend", colour=colour), name), *others])
-
-
 CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "page": functools.partial(dialogue, kinds=market.ASKED, turns=len(market.ASKED)),
     "ledger": ledger,
     "echo": echo,
     "recital": recital,
     "functions": functions,
-    "rules": rules,
     "word_pairs": word_pairs,
     "number_pairs": number_pairs,
     "shelf": shelf,
-    "fitting": fitting,
-    "sameness": sameness,
-    "listing": listing,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
 # What is found in pages comes first, and copying; sft2 adds what takes longer to learn
 FIRST = {
-    "page": 15, "listing": 2, "echo": 8, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
+    "page": 15, "echo": 8, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
     "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
     "similarity": 2, "information_generation": 4, "questioning": 4, "safety": 3, "knowledge": 5, "understanding": 3,
     "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
-LATER = {**FIRST, "page": 10, "listing": 4, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5}
-# a long training has a stage of nothing else between the two, and does not forget it in sft2
-DRILLS = {"recital": 6, "functions": 2, "word_pairs": 18, "number_pairs": 10, "fitting": 32, "sameness": 18, "rules": 4, "listing": 10}
+LATER = {
+    **FIRST, "page": 10, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5, "recommendation": 4,
+    "word_pairs": 2, "number_pairs": 3,
+}  # fmt: skip
+# between the two: what thoughts are made of, alone, since it is not learnt beside other things
+PAIRS = {"word_pairs": 55, "number_pairs": 45}
+# then, in a long training: all that has a thought, always with it
+DRILLS = {
+    "recital": 8, "functions": 2, "word_pairs": 8, "number_pairs": 10, "matching": 12, "similarity": 12, "recommendation": 10,
+    "retrieval": 12, "questioning": 12, "platform": 6, "mathematics": 6, "numerical_reasoning": 6, "reasoning": 6,
+}  # fmt: skip
 AFTER_DRILLS = {
-    **LATER, "listing": 8, "echo": 2, "recital": 6, "functions": 2, "coding": 3, "word_pairs": 2, "number_pairs": 3,
-    "fitting": 9, "sameness": 9, "rules": 4, "shelf": 8, "recommendation": 3,
+    **LATER, "echo": 2, "recital": 8, "functions": 2, "coding": 3, "word_pairs": 3, "shelf": 6, "retrieval": 5, "safety": 4, "knowledge": 6,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def test_no_held_out_product_or_phrasing_in_training(both):
         product = market.draw_product(rng, "test")
         assert product.split == "test" and f"{product.name} " not in trained
         a, b = market.draw_sum(rng, "test")
-        assert f"{a} + {b}:" not in trained and f"{a} + {b}?" not in trained
+        assert not any(f"{sum}{end}" in trained for sum in (f"{a} + {b}", f"{b} + {a}") for end in ":?")
     for lang in market.LANGUAGES:
         lex = market.lexicon(lang)
         for group in (*lex["questions"].values(), lex["reviews"], lex["noisy_query"]):
@@ -194,9 +194,52 @@ def test_answers_can_be_checked_against_the_world():
             assert task["answer"] in text_of(task)
 
 
+def verdicts(think, lex):
+    """[(one side, sign, other side, whether it is so), …] of a thought, each verdict checked."""
+    word = f"({re.escape(lex['yes'])}|{re.escape(lex['no'])})"
+    steps = [(*sides, said == lex["yes"]) for *sides, said in re.findall(rf"(\S[^?]*) ([=>]) ([^?]*)\? {word}\.", think)]
+    assert think.count("?") == len(steps) > 0
+    for one, sign, other, right in steps:
+        if sign == "=":  # a label may stand before
+            assert (one == other or one.endswith((f": {other}", f"] {other}"))) == right
+        else:
+            one, other = (int("".join(c for c in text if c.isdigit())) for text in (one, other))
+            assert (one > other) == right
+    return steps
+
+
+def test_thoughts_lead_to_their_answers():
+    """The answer is what the verdicts of the thought leave."""
+    seen = set()
+    for task in tasks("test", 3, 20):
+        lex, answer = market.lexicon(task["lang"]), task["answer"]
+        if "think" not in task or task["task"] in ("mathematics", "numerical_reasoning", "reasoning") or task["scorer"] == "number":
+            continue
+        steps = verdicts(task["think"], lex) if task["task"] != "questioning" else []
+        yes = [right for *_, right in steps]
+        if task["task"] in ("matching", "similarity"):
+            assert (answer == lex["yes"]) == all(yes) and len(steps) == {"matching": 2, "similarity": 3}[task["task"]]
+        elif task["task"] == "platform":
+            assert (answer == lex["no"]) == yes[0] and len(steps) == 1
+        elif task["task"] == "recommendation":
+            assert yes == [False] * (len(yes) - 1) + [True] and steps[-1][0].strip(". ").startswith(f"{answer}: ")
+        elif task["task"] == "questioning":
+            assert [question for question in lex["ask_for"].values() if question not in task["think"]] == [answer]
+        else:
+            assert task["task"] == "retrieval"
+            first, *second = text_of(task).split("\n[2] ")
+            assert (answer == lex["unknown"]) == (not any(yes) and steps[0][1] == "=")
+            if steps[0][1] == "=" and any(yes):
+                assert answer in (second[0] if len(yes) == 2 else first)
+            elif steps[0][1] == ">":
+                assert (second[0] if yes[0] else first.removeprefix("[1] ")).startswith(answer)
+        seen.add(task["task"])
+    assert seen == {"matching", "similarity", "platform", "recommendation", "questioning", "retrieval"}
+
+
 def test_the_held_out_tasks_are_frozen():
     """Measured accuracies are comparable only while this hash stands; whoever changes the tasks changes it and measures anew."""
-    assert fingerprint(tasks("test", 0, 10)) == "da7931a8d1080cb0"
+    assert fingerprint(tasks("test", 0, 10)) == "763d1997f66984ed"
 
 
 def test_few_phrasings_are_the_first_ones_or_a_quarter():
@@ -214,16 +257,15 @@ def test_few_phrasings_are_the_first_ones_or_a_quarter():
 
 @pytest.mark.parametrize("lang", market.LANGUAGES)
 def test_drills_are_answered_by_their_texts(lang):
-    """What is to be said again is said again; each colour of a shop window leads to the one product that has it."""
+    """What is to be said again is said again; what is asked about two pages stands in the right one."""
     for i in range(20):
         rng = random.Random(f"{lang}-{i}")
-        *copies, listing = (CONVERSATIONS[name](lang, rng, "train") for name in ("echo", "recital", "listing"))
-        for copy in copies:
+        for copy in (CONVERSATIONS[name](lang, rng, "train") for name in ("echo", "recital")):
             said = [*(m["content"] for m in copy["messages"]), copy["answer"]]
-            assert said[::2] == [f"» {text}" for text in said[1::2]] and len(said) == 6
-        said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
-        lines = said[0].split("\n\n")[0].split("\n- ")[1:]
-        assert sorted(said[1::2]) == sorted(next(name for name in said[1::2] if line.startswith(f"{name} ")) for line in lines)
+            assert len(said) == 6
+            for asked, answer in zip(said[::2], said[1::2], strict=True):
+                bare, repeated = (re.sub('[»“”「」",，: ]', "", text) for text in (asked, answer))
+                assert bare == repeated and re.match("» |»，|», ", asked)
         shelf = CONVERSATIONS["shelf"](lang, rng, "train")
         said = [*(m["content"] for m in shelf["messages"]), shelf["answer"]]
         text, first = said[0].rsplit("\n\n", 1)
@@ -236,56 +278,30 @@ def test_drills_are_answered_by_their_texts(lang):
                 assert name not in text
             else:
                 assert all(name not in page or answer in page for page in pages) and name in text
-        said = [*(m["content"] for m in listing["messages"]), listing["answer"]]
-        for colour, name in zip(said[2::2], said[3::2], strict=True):
-            assert [line.startswith(f"{name} ") for line in lines] == [colour in line.replace(name, "") for line in lines]
 
 
 @pytest.mark.parametrize("lang", market.LANGUAGES)
-def test_drills_name_functions_by_ordinary_words_and_keep_the_rules_of_a_shop(lang):
+def test_drills_name_functions_by_ordinary_words(lang):
     lex, names = market.lexicon(lang), set()
     for i in range(20):
-        functions, rules = (CONVERSATIONS[name](lang, random.Random(f"{lang}-{i}"), "train") for name in ("functions", "rules"))
-        limit, threshold, _, text = general.shop_rules(lang, random.Random(f"{lang}-{i}"), "train")
+        functions = CONVERSATIONS["functions"](lang, random.Random(f"{lang}-{i}"), "train")
         said = [*(m["content"] for m in functions["messages"]), functions["answer"]]
         for question, answer in zip(said[::2], said[1::2], strict=True):
             name, formula = re.fullmatch(r"def (\w+)\(a, b\): return (.+)", answer).groups()
             assert name in question and lex["formulas"][formula] in question and SCORERS["code"](answer, answer)
             names.add(name)
-        said = [*(m["content"] for m in rules["messages"]), rules["answer"]]
-        shown, first = said[0].rsplit("\n\n", 1)
-        assert shown == text
-        for question, answer in zip([first, *said[2::2]], said[1::2], strict=True):
-            number = int(re.sub(r"\D", "", re.search(r"\d[\d.,]*", question)[0]))
-            is_money = re.sub(r"[\d\s]", "", market.money(0, lang)) in question
-            assert answer == lex["yes" if (number >= threshold * lex["scale"] if is_money else number <= limit) else "no"]
     assert len(names) > 40 and not names & set(general.FUNCTIONS["test"])
 
 
 @pytest.mark.parametrize("lang", market.LANGUAGES)
-def test_comparisons_say_yes_to_what_is_the_same(lang):
+def test_comparisons_say_yes_to_what_is_so(lang):
     lex, seen = market.lexicon(lang), set()
-
-    def asked(name, i):
-        """([question, ...], [whether the answer is yes, ...]) of a conversation."""
-        task = CONVERSATIONS[name](lang, random.Random(f"{lang}-{i}"), "train")
-        said = [*(m["content"] for m in task["messages"]), task["answer"]]
-        seen.update((name, answer) for answer in said[1::2])
-        return said[::2], [{lex["yes"]: True, lex["no"]: False}[answer] for answer in said[1::2]]
-
-    for i in range(20):
-        pairs, same = asked("word_pairs", i)
-        assert [len(set(pair.removesuffix("?").split(" = "))) == 1 for pair in pairs] == same
-        pairs, larger = asked("number_pairs", i)
-        numbers = [[int(re.sub(r"\D", "", side)) for side in pair.split(" > ")] for pair in pairs]
-        assert [a > b for a, b in numbers] == larger
-        (text, *queries), (_, *fits) = asked("fitting", i)
-        yes, no = ({query for query, fit in zip(queries, fits, strict=True) if fit == wanted} for wanted in (True, False))
-        kinds, colours = ([word for word in lex[key].values() if word in text] for key in ("types", "colours"))
-        described = {lex["query"].format(type=kind, colour=colour) for kind in kinds for colour in colours}
-        assert len(yes) <= 1 and not yes & no and yes <= described
-        (text, *lines), same = asked("sameness", i)
-        shown, first = text.rpartition("\n\n")[0].rsplit("\n", 1)
-        yes, no = ({line for line, one in zip([first, *lines], same, strict=True) if one == wanted} for wanted in (True, False))
-        assert len(yes) <= 1 and not yes & no and ("\n" in shown or shown not in no)
-    assert len(seen) == 8
+    for name in ("word_pairs", "number_pairs"):
+        for i in range(20):
+            task = CONVERSATIONS[name](lang, random.Random(f"{lang}-{i}"), "train")
+            said = [*(m["content"] for m in task["messages"]), task["answer"]]
+            for question, answer in zip(said[::2], said[1::2], strict=True):
+                steps = verdicts(answer, lex)
+                assert question == " ".join(f"{one} {sign} {other}?" for one, sign, other, _ in steps) and len(steps) == 2
+                seen.update((name, sign, right) for _, sign, _, right in steps)
+    assert len(seen) == 6

@@ -72,9 +72,11 @@ def test_curriculum_switches_thinking_with_the_stage():
     assert not any(thinking or "think" in task for task, thinking in curriculum("sft1", examples, 0))
     second = curriculum("sft2", examples, 0)
     reasoning = [task for task in examples if "think" in task]
-    assert {t["task"] for t, thinking in second if thinking} == {"numerical_reasoning", "mathematics", "reasoning", "platform"}
+    thoughtful = {"numerical_reasoning", "mathematics", "reasoning", "platform", "matching", "similarity", "recommendation", "questioning"}
+    assert {t["task"] for t, thinking in second if thinking} == {*thoughtful, "retrieval"}
     assert [t for t, thinking in second if thinking] == reasoning
     assert sum(not thinking for _, thinking in second) == 2 * len(reasoning)
+    assert curriculum("drills", examples, 0) == [(task, "think" in task) for task in examples]
 
 
 def test_tasks_without_any_thought_are_tuned_in_both_stages():
@@ -211,8 +213,8 @@ def test_pass_rates_and_the_window(micro_model, micro_tokenizer, monkeypatch, tm
     assert pass_rates(micro_model, micro_tokenizer, reasoning) == [0.0, 0.375, 1.0]
     monkeypatch.setattr("sft.load_for_inference", lambda *_: (micro_model, micro_tokenizer))
     direct = [{"messages": [{"role": "user", "content": "q"}], "answer": "a"}]
-    kept = selected_thoughts(direct + reasoning, SimpleNamespace(rollouts="a run", seed=0), "cpu")
-    assert kept == [*direct, reasoning[1]] and "1 of 3 reasoning tasks are too hard, 1 too easy" in capsys.readouterr().out
+    kept = selected_thoughts("sft2", direct + reasoning, SimpleNamespace(rollouts="a run", seed=0), "cpu")
+    assert kept == [*direct, reasoning[1]] and "1 of 3 reasoning tasks too hard, 1 too easy" in capsys.readouterr().out
 
 
 def test_near_copies_of_test_tasks_are_left_out():
