@@ -1,8 +1,9 @@
-"""What the drills teach, and what is left of it when a mixture follows (data/tasks.py).
+"""What pairs and drills teach, and what is left of it when a mixture follows (data/tasks.py).
 
 The stages of a run that was tuned with drills answer new conversations of each kind, in the words of the training world; a
-conversation's earlier answers are given. An answer is right where each of its tokens is the likeliest one. And how many of the
-tokenizer's tokens stand in no answer that drills and sft2 train on: the output layer only learns to avoid these.
+conversation's earlier answers are given. An answer, and the thought before it where there is one, is right where each of its tokens is
+the likeliest one. And how many of the tokenizer's tokens stand in no answer that drills and sft2 train on: the output layer only
+learns to avoid these.
 
     bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after an hour and a quarter
 """
@@ -16,14 +17,14 @@ import torch
 import cli
 from benchmarks import keep
 from data.market import LANGUAGES
-from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, training
+from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, TASKS, training
 from generate import load_for_inference
 from report import table
 from sft import chat_of
 from train import assemble
 
-KINDS = ("echo", "recital", "functions", "rules", "word_pairs", "number_pairs", "fitting", "sameness", "listing", "shelf")
-STAGES, EACH = ("sft1", "drills", "sft2"), 8  # conversations of a kind and language
+KINDS, MAKERS = (*DRILLS, "echo", "shelf"), {**TASKS, **CONVERSATIONS}
+STAGES, EACH = ("sft1", "pairs", "drills", "sft2"), 8  # conversations of a kind and language
 MADE = 3750  # training conversations of a language and stage in which answers' tokens are counted: 60,000 in all
 WITHOUT = (("functions",), ("recital",), ("recital", "functions"))
 
@@ -35,8 +36,8 @@ def answers_right(model, tokenizer, kind):
         rng = random.Random(f"drills-{kind}-{lang}")
         rng.phrasings = math.inf
         for _ in range(EACH):
-            task = CONVERSATIONS[kind](lang, rng, "train")
-            ids, mask = tokenizer.encode_chat(chat_of(task, thinking=False))
+            task = MAKERS[kind](lang, rng, "train")
+            ids, mask = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
             batch = assemble([[(ids, mask)]], len(ids))
             wrong = (model(batch["tokens"]).argmax(-1) != batch["targets"])[0].numpy()
             learnt = np.flatnonzero(batch["weights"][0])
