@@ -8,9 +8,7 @@ STEPS=${STEPS:+--steps $STEPS}   # empty: each stage's own recipe
 
 [ -f "$RUN/tokenizer.tiktoken" ] || python tokenizer.py --run "$RUN"     # three BPE vocabularies, merged
 python train.py --run "$RUN" --resume $STEPS                             # general, anneal, long
-python sft.py --run "$RUN" --resume $STEPS --stage sft1                  # direct answers
-python sft.py --run "$RUN" --resume $STEPS --stage pairs                 # is it the same word, is it the larger number?
-python sft.py --run "$RUN" --resume $STEPS --stage sft2                  # thoughts, made of such questions
+python sft.py --run "$RUN" --resume $STEPS                               # sft1 (direct), sft2 (thinking)
 python otpo.py --run "$RUN" --resume $STEPS                              # preference pairs, tokens weighed by optimal transport
 python evaluate.py --run "$RUN" ${TASKS:+--tasks $TASKS}                 # report.md, report.json, plots
 python generate.py --run "$RUN" --prompt "What is 27 + 45?"              # an answer at once

@@ -1,8 +1,8 @@
 """Supervised fine-tuning in two stages, with packing and hybrid thinking (v2 §3.2; v3 for the mixed loss).
 
 sft1 teaches direct answers to what needs no thought; sft2 adds chains of thought between <think> and
-</think>, switched on by a system prompt, beside resampled direct answers. Two stages of our own may stand between them (data/tasks.py):
-`--stage pairs`, whether two words are the same and which number is larger, the steps that thoughts are made of, and in a long training
+</think>, switched on by a system prompt, beside resampled direct answers. A long training has two stages of our own between them (data/tasks.py):
+`--stage pairs`, whether two words are the same and which number is larger, the steps that thoughts are made of, and
 `--stage drills`, thoughts above all. Conversations are packed by best-fit decreasing into rows of 256 tokens (wider if one
 conversation is longer); each sees only itself. Only answers are trained on; v3's mixed loss trains on the whole
 conversation where it is about e-commerce (`--full e-commerce`).
@@ -31,10 +31,10 @@ from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, m
 
 # stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
-    "sft1": (("mtp", "long"), Schedule(4200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
+    "sft1": (("mtp", "long"), Schedule(3900, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
     "pairs": (("sft1",), Schedule(600, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
     "drills": (("pairs", "sft1"), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
-    "sft2": (("drills", "pairs", "sft1"), Schedule(2000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
+    "sft2": (("drills", "pairs", "sft1"), Schedule(2500, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
 # shares and phrasings, see data/tasks.py: first the tasks, then more ways of asking for them, in a long training all of them

@@ -352,7 +352,7 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "shelf": shelf,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
-# What is found in pages comes first, and copying; sft2 adds what takes longer to learn
+# What is found in pages comes first, and copying; sft2 adds sums and orders with their thoughts
 FIRST = {
     "page": 15, "echo": 8, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,
     "product_info": 1, "attribute_extraction": 1, "dialogue": 2, "mathematics": 6, "numerical_reasoning": 7,
@@ -360,18 +360,20 @@ FIRST = {
     "reasoning": 4, "creative": 4, "coding": 4, "function_call": 5, "retrieval": 3, "role_play": 3, "platform": 3,
 }  # fmt: skip
 LATER = {
-    **FIRST, "page": 10, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5, "recommendation": 4,
-    "word_pairs": 2, "number_pairs": 3,
+    **FIRST, "page": 10, "query_rewriting": 6, "mathematics": 9, "numerical_reasoning": 11, "matching": 1, "similarity": 1,
+    "questioning": 1, "retrieval": 2, "platform": 2, "recommendation": 2,
 }  # fmt: skip
-# between the two: what thoughts are made of, alone, since it is not learnt beside other things
+# Comparing takes a long training. Between the two it has what thoughts compare with, alone, since it is not learnt beside other things,
 PAIRS = {"word_pairs": 55, "number_pairs": 45}
-# then, in a long training: all that has a thought, always with it
+# then all that has a thought, always with it; sft2 keeps that up
 DRILLS = {
     "recital": 8, "functions": 2, "word_pairs": 8, "number_pairs": 10, "matching": 12, "similarity": 12, "recommendation": 10,
     "retrieval": 12, "questioning": 12, "platform": 6, "mathematics": 6, "numerical_reasoning": 6, "reasoning": 6,
 }  # fmt: skip
 AFTER_DRILLS = {
-    **LATER, "echo": 2, "recital": 8, "functions": 2, "coding": 3, "word_pairs": 3, "shelf": 6, "retrieval": 5, "safety": 4, "knowledge": 6,
+    **FIRST, "page": 10, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5, "recommendation": 4,
+    "word_pairs": 3, "number_pairs": 3, "echo": 2, "recital": 8, "functions": 2, "coding": 3, "shelf": 6, "retrieval": 5, "safety": 4,
+    "knowledge": 6,
 }  # fmt: skip
 
 

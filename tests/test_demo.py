@@ -34,8 +34,8 @@ def test_demo_runs_the_whole_chain_and_then_skips_it(demo, script):
     run, first = demo
     assert first.returncode == 0, first.stderr[-2000:]
     report = json.load(open(run / "report.json"))
-    stages = ["general", "anneal", "long", "sft1", "pairs", "sft2", "otpo"]
-    assert list(report["loss"]) == stages[:6] and all(loss > 0 for loss in report["loss"].values())
+    stages = ["general", "anneal", "long", "sft1", "sft2", "otpo"]
+    assert list(report["loss"]) == stages[:5] and all(loss > 0 for loss in report["loss"].values())
     assert set(report["accuracy"]) == {"long", "sft1", "sft2", "otpo", "without text", "majority", "copy"}
     assert set(report["accuracy"]["sft2"]["by_language"]) == {"en", "zh", "id", "ms", "pt", "tl", "th", "vi"}
     assert set(report["thinking"]) == {"on", "off"} and report["bits_per_byte"]["long"]["th"] > 0
@@ -68,11 +68,11 @@ def test_a_users_own_tasks(demo, script, tmp_path):
 
 def test_checkpoints_are_listed(demo, script, tmp_path):
     result = script("checkpoint.py", "--run", demo[0])
-    assert result.stdout.count("intact, 2.6") == 7 and result.stdout.endswith("newest stage: otpo\n")
+    assert result.stdout.count("intact, 2.6") == 6 and result.stdout.endswith("newest stage: otpo\n")
     run = shutil.copytree(demo[0], tmp_path / "run")
     (run / "anneal" / "step_3.pt").write_bytes(b"torn")
     result = script("checkpoint.py", "--run", run)
-    assert result.returncode == 2 and result.stdout.count("intact, 2.6") == 6 and result.stderr.count("anneal/step_3.pt is torn") == 1
+    assert result.returncode == 2 and result.stdout.count("intact, 2.6") == 5 and result.stderr.count("anneal/step_3.pt is torn") == 1
 
 
 def test_the_shipped_checkpoints_script_goes_on_and_exports(demo, script, tmp_path):
@@ -83,8 +83,8 @@ def test_the_shipped_checkpoints_script_goes_on_and_exports(demo, script, tmp_pa
     env = {**os.environ, "RUN": str(run), "STEPS": "3", "TASKS": "1"}
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     first = subprocess.run(["bash", "pretrained.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert first.returncode == 0 and first.stdout.count("already finished") == 5, first.stderr[-2000:]
-    assert all(f"inherited from {stage} step 3" in first.stdout for stage in ("pairs", "drills", "sft2"))
+    assert first.returncode == 0 and first.stdout.count("already finished") == 4, first.stderr[-2000:]
+    assert all(f"inherited from {stage} step 3" in first.stdout for stage in ("sft1", "pairs", "drills", "sft2"))
     assert {"origin.json", "metrics.jsonl", "report.md", "tokenizer.tiktoken", "sft2"} <= set(os.listdir(out))
     exact, short = (load_latest(str(folder), "sft2") for folder in (run, out))
     assert short["optimizer"] is None and short["step"] == 3 and short["seed"] == 0
