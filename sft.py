@@ -1,11 +1,10 @@
 """Supervised fine-tuning in two stages, with packing and hybrid thinking (v2 §3.2; v3 for the mixed loss).
 
-sft1 teaches direct answers to what needs no thought; sft2 adds chains of thought between <think> and
-</think>, switched on by a system prompt, beside resampled direct answers. A long training has two stages of our own between them (data/tasks.py):
-`--stage pairs`, whether two words are the same and which number is larger, the steps that thoughts are made of, and
-`--stage drills`, thoughts above all. Conversations are packed by best-fit decreasing into rows of 256 tokens (wider if one
-conversation is longer); each sees only itself. Only answers are trained on; v3's mixed loss trains on the whole
-conversation where it is about e-commerce (`--full e-commerce`).
+sft1 teaches direct answers to what needs no thought; sft2 adds chains of thought between <think> and </think>, switched on by a
+system prompt, beside resampled direct answers. A long training has two stages of our own between them (data/tasks.py): `--stage
+pairs`, whether two words are the same and which number is larger, the steps that thoughts are made of, and `--stage drills`, thoughts
+above all. Conversations are packed by best-fit decreasing into rows of 256 tokens (wider if one conversation is longer); each sees only
+itself. Only answers are trained on; v3's mixed loss trains on the whole conversation where it is about e-commerce (`--full e-commerce`).
 
     python sft.py                 # laptop: sft1 and sft2 on top of runs/demo
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
