@@ -115,13 +115,14 @@ def understanding(lang, rng, split):
 def reasoning(lang, rng, split):
     """Three brands, two comparisons in any order: the cheapest or the dearest."""
     lex, (x, y, z) = lexicon(lang), rng.sample(market.BRANDS, 3)
-    lines = [phrase(lex["compare"][split], rng).format(x=a, y=b) for a, b in rng.sample([(x, y), (y, z)], 2)]
+    pairs = rng.sample([(x, y), (y, z)], 2)
+    lines = [phrase(lex["compare"][split], rng).format(x=a, y=b) for a, b in pairs]
     kind = rng.choice(("cheapest", "dearest"))
     return {
         "messages": about("\n".join(lines), ask(lang, rng, split, kind)),
         "answer": z if kind == "cheapest" else x,
         "choices": sorted((x, y, z)),
-        "think": lex["thoughts"]["order"].format(order=f"{x} > {y} > {z}"),
+        "think": lex["thoughts"]["order"].format(order=", ".join([*(f"{a} > {b}" for a, b in pairs), f"{x} > {y} > {z}"])),
     }
 
 
@@ -236,7 +237,7 @@ def platform(lang, rng, split):
     if kind == "voucher":
         amount = rng.randint(11, 99)
         question = ask(lang, rng, split, kind, amount=money(amount, lang))
-        think = lex["thoughts"]["voucher"].format(steps=f"{amount} - {off} = {amount - off}")
+        think = lex["thoughts"]["voucher"].format(steps=market.steps_difference(amount, off))
         return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": think}
     question, answer, think = allowed_question(kind, limit, threshold, lang, rng, split)
     return {"messages": about(text, question), "answer": answer, "think": think, "choices": [lex[word] for word in YES_NO]}

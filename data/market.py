@@ -163,6 +163,12 @@ def steps_sum(a, b):
     return f"{a % 10} + {b % 10} = {ones}, {a - a % 10} + {b - b % 10} = {tens}, {tens} + {ones} = {a + b}"
 
 
+def steps_difference(a, b):
+    """Two digits minus one, the ones first: a ten is borrowed where they do not suffice."""
+    ones = a % 10 + 10 * (a % 10 < b)
+    return f"{a} - {b} = {a - ones} + {ones} - {b} = {a - ones} + {ones - b} = {a - b}"
+
+
 def steps_product(a, n):
     """Two-digit times one-digit, place by place."""
     tens, ones = a - a % 10, a % 10

@@ -208,6 +208,36 @@ def verdicts(think, lex):
     return steps
 
 
+def test_each_equation_of_a_thought_is_right():
+    """Sums, products and differences; a chain a = b = c is right when all its parts are equal."""
+    equations = 0
+    for task in [*tasks("train", 3, 40), *tasks("test", 3, 40)]:
+        if task["task"] in ("mathematics", "numerical_reasoning") or task["scorer"] == "number" and "think" in task:
+            for chain in re.findall(r"\d[\d +×-]*(?: = \d[\d +×-]*)+", task["think"]):
+                values = {eval(part.replace("×", "*")) for part in chain.split(" = ")}
+                assert len(values) == 1, chain
+                equations += 1
+            digits = "".join(c for c in task["answer"] if c.isdigit())
+            assert digits.rstrip("0") == str(values.pop()).rstrip("0")
+    assert equations > 3000
+    for a in range(11, 100):
+        for b in range(2, 10):
+            whole, *parts, result = market.steps_difference(a, b).split(" = ")
+            assert whole == f"{a} - {b}" and int(result) == a - b and all(eval(part) == a - b for part in parts)
+            tens, ones = map(int, parts[-1].split(" + "))
+            assert tens % 10 == 0 and ones in range(10)
+
+
+def test_the_thought_of_an_order_restates_its_lines():
+    for task in tasks("test", 3, 40):
+        if task["task"] == "reasoning":
+            *pairs, order = re.sub("[.。]$", "", task["think"]).split(", ")
+            x, y, z = order.split(" > ")
+            assert sorted(pairs) == sorted([f"{x} > {y}", f"{y} > {z}"]) and task["answer"] in (x, z)
+            lines = text_of(task).split("\n")
+            assert all(name in line for pair, line in zip(pairs, lines[:2], strict=True) for name in pair.split(" > "))
+
+
 def test_thoughts_lead_to_their_answers():
     """The answer is what the verdicts of the thought leave."""
     seen = set()
