@@ -8,7 +8,7 @@ the backward of these losses. All other axes work inside the stages as in parall
 Shapes: B rows, T tokens, D model width, N tokens, L layers, E experts.
 
     torchrun --nproc-per-node 2 -- train.py --parallel pp=2 --run runs/two        # 1F1B; after python tokenizer.py --run runs/two
-    torchrun --nproc-per-node 2 -- train.py --parallel pp=2,vpp=2 --run runs/two  # interleaved, where there are at least 4 layers
+    torchrun --nproc-per-node 2 -- train.py --config small --parallel pp=2,vpp=2 --run runs/small  # interleaved
 """
 
 import numpy as np

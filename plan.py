@@ -12,7 +12,6 @@ Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D,
 
 import collections
 import contextlib
-import functools
 import math
 from unittest import mock
 
@@ -35,7 +34,7 @@ from train import CLIP, RECIPES, make_optimizer
 GPU_MEMORY, LEFT_FREE, NODE = 80e9, 0.1, 8  # bytes; share for CUDA, NCCL and fragmentation; GPUs a node
 PEAK_FLOPS, LINK, NETWORK = 989e12, 450e9, 50e9  # H100: bf16 FLOP/s, NVLink and network bytes/s of one GPU, one direction
 LARGEST_GAP = 0.05  # between tracker and formula
-# (config, context) -> layout; what is not named takes "ep=8". The rows of a micro-step are the recipe's
+# (config, context) -> layout; what is not named takes ep=8, or what divides the GPUs. The rows of a micro-step are the recipe's
 LAYOUTS = {("v2_30b", 32_768): "ep=8,cp=4", ("v3_245b", 32_768): "ep=8,cp=2", ("v3_245b", 131_072): "ep=8,cp=8"}
 
 
@@ -90,13 +89,6 @@ class Accountant(TorchDispatchMode):
             self.bytes[kind, link] += received
 
 
-class NoLaunch:
-    """A Triton kernel that does nothing: what a GPU would allocate has been allocated when it is launched."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
 class FusedNorm(torch.autograd.Function):
     """What RMSNorm allocates and keeps on a GPU, where it is one kernel; a CPU would keep fp32 copies."""
 
@@ -111,26 +103,22 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x_BTD), torch.empty_like(weight)
 
 
-class PlannedRanks(Ranks):
-    def mask(self, doc_ids_BT):
-        return None  # plain causal, in whatever part: the shapes and the kept memory are those of the masked kernel
-
-
-def balanced_exchange(imbalance, sent_PE, got_PE, rows):
-    """parallel.exchange_sizes for tensors without content: an even spread out, `imbalance` times as much in."""
-    P = len(sent_PE)
-    return [rows // P] * P, [int(rows // P * imbalance)] * P
-
-
 def substitutes(imbalance):
     """(owner, name, stand-in): what needs the values of tensors, and what a GPU does in another way than a CPU."""
+
+    def exchange_sizes(sent_PE, got_PE, rows):  # an even spread out, `imbalance` times as much in
+        P = len(sent_PE)
+        return [rows // P] * P, [int(rows // P * imbalance)] * P
+
     yield compass, "rows_where", lambda mask: slice(None)
-    yield parallel, "exchange_sizes", functools.partial(balanced_exchange, imbalance)
+    yield Ranks, "mask", lambda ranks, doc_ids_BT: None  # plain causal: shapes and kept memory are those of the masked kernel
+    yield parallel, "exchange_sizes", exchange_sizes
     yield torch.nn.RMSNorm, "forward", lambda norm, x_BTD: FusedNorm.apply(x_BTD, norm.weight)
     if kernels.triton:
         yield kernels, "use_triton", lambda x: True
         for name in ("scatter_kernel", "gather_kernel", "gather_backward_kernel"):
-            yield kernels, name, NoLaunch()
+            # kernel[grid](...) does nothing: what a GPU would allocate has been allocated when it is launched
+            yield kernels, name, collections.defaultdict(lambda: lambda *args, **kwargs: None)
 
 
 def tracked(config, layout, rows, T, imbalance=1.0):
@@ -138,7 +126,7 @@ def tracked(config, layout, rows, T, imbalance=1.0):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout.axes.values()))
     with torch.device("meta"):
         model = Compass(config)
-    parallelize(model, PlannedRanks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
+    parallelize(model, Ranks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
     model.forward, model.hidden = Compass.loss.__get__(model), Compass.hidden.__get__(model)  # the tracker follows forward alone
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         for owner, name, substitute in substitutes(imbalance):
@@ -203,7 +191,7 @@ def formula(c, layout, rows, T, imbalance=1.0):
     attention = values + 2 * (H + G) * C + 2 * H * C + 4 * H
     K_in = K * imbalance
     block = attention + 12 * D + 2 * K * D + 2 * K_in * D + 8 * K_in * F + 8 * S
-    in_recompute = 2 * D + 2 * K * D  # rows not yet handed back, and the experts' sum
+    in_recompute = 2 * D + 2 * K_in * D  # rows not yet handed back, and the experts' sum
     in_shared_backward = 4 * S
     gathered = 2 * n.root + 2 * (n.block + n.experts) + 2 * n.embedding * (c.mtp_depth > 0)
     unsharded = 2 * n.root + (c.mtp_depth > 0) * (2 * n.embedding + 4 * n.mtp_block)  # gradients; MTP's are on their way to the ranks
@@ -215,11 +203,11 @@ def formula(c, layout, rows, T, imbalance=1.0):
     peak = 4 * parameters + max(block_moment, end_moment)
     return {
         "parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters,
-        "activations": N * kept + head, "peak": peak, "FLOPs": flops(c, layout, N, T), **bytes_received(c, layout, N),
+        "activations": N * kept + head, "peak": peak, "FLOPs": flops(c, layout, N, T, imbalance), **bytes_received(c, layout, N, imbalance),
     }  # fmt: skip
 
 
-def flops(c, layout, N, T):
+def flops(c, layout, N, T, imbalance=1.0):
     """Of one rank and micro-step. Blocks run 4 times (forward, recomputed, two products in backward), but the last product of a
     recomputed block is never needed; the head's three products all lie in the loss."""
     n, D = Sizes(c, layout), c.dim
@@ -227,14 +215,15 @@ def flops(c, layout, N, T):
     dense_width = (c.top_k + c.n_shared) * c.expert_dim // layout.tp
     routed = c.top_k * 3 * D * c.expert_dim
     attention = 9 * c.n_heads // layout.tp * c.head_dim * T  # 2 products, again, and 5 in backward; half of each is masked
-    block = 8 * (n.attention + n.shared + n.router + routed) - 2 * width * D + attention
+    block = 8 * (n.attention + n.shared + n.router + imbalance * routed) - 2 * width * D + attention
     mtp = 8 * (n.mtp_block - 2 * D) - 2 * dense_width * D + attention + 6 * 2 * D * D
     return N * (c.n_layers * block + c.mtp_depth * mtp + (1 + c.mtp_depth) * 6 * n.embedding)
 
 
-def bytes_received(c, layout, N):
+def bytes_received(c, layout, N, imbalance=1.0):
     """{"collective, link": bytes} of one rank and micro-step. Weights are gathered for forward and for backward (the root once), in
-    bf16 (the router in fp32), gradients are summed in fp32; rows go to their experts and back in forward, recomputation and backward."""
+    bf16 (the router in fp32), gradients are summed in fp32; rows go to their experts and back in forward, recomputation and backward
+    (the fullest rank gets more than it sends, then sends more than it gets: the larger is counted)."""
     n, L, M = Sizes(c, layout), c.n_layers, c.mtp_depth
     ep_peers = min(layout.ep, max(1, NODE // layout.tp))
     cp_peers = min(layout.cp, max(1, NODE // (layout.tp * layout.ep)))
@@ -246,7 +235,7 @@ def bytes_received(c, layout, N):
         ("reduce_scatter", 4 * n.dense, data),
         ("all_gather", 2 * 2 * L * n.experts, experts),
         ("reduce_scatter", 4 * L * n.experts, experts),
-        ("all_to_all", 6 * L * 2 * N * c.top_k * c.dim, (layout.ep, ep_peers)),
+        ("all_to_all", 6 * L * 2 * N * c.top_k * c.dim * imbalance, (layout.ep, ep_peers)),
         ("all_gather", 2 * (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, (layout.cp, cp_peers)),
         ("reduce_scatter", (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, (layout.cp, cp_peers)),
         ("all_reduce", 5 * (L + M) * N * 2 * c.dim, (layout.tp, min(layout.tp, NODE))),
@@ -280,32 +269,34 @@ def checked(config, layout, rows, T, imbalance):
     return by_hand
 
 
-def step_time(config, layout, recipe, rows, mfu):
-    """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed."""
+def step_time(config, layout, recipe, rows, mfu, imbalance=1.0):
+    """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed, those of the
+    fullest rank."""
     world, T = math.prod(layout.axes.values()), recipe.seq_len
     micro_steps = math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
-    received = bytes_received(config, layout, rows * T // layout.cp)
+    received = bytes_received(config, layout, rows * T // layout.cp, imbalance)
     seconds = recipe.rows * T * model_flops(config, T) / (world * PEAK_FLOPS * mfu)
     links = [sum(size for row, size in received.items() if row.endswith(link)) for link in ("node", "network")]
     return micro_steps, seconds, micro_steps * links[0] / LINK, micro_steps * links[1] / NETWORK
 
 
-def advice(config, gpus, T, rows):
+def advice(config, gpus, T, rows, imbalance=1.0):
     """The first layout near by whose formula fits, as text."""
+    ep = math.gcd(NODE, gpus)
     for cp in (1, 2, 4, 8, 16):
         for few in sorted({rows, 1}, reverse=True):
-            text = f"ep=8,cp={cp}"
+            text = f"ep={ep},cp={cp}"
             try:
                 layout = layout_of(text, gpus, config)
             except InputError:
                 continue
-            if T % (2 * cp) == 0 and formula(config, layout, few, T)["peak"] <= (1 - LEFT_FREE) * GPU_MEMORY:
+            if T % (2 * cp) == 0 and formula(config, layout, few, T, imbalance)["peak"] <= (1 - LEFT_FREE) * GPU_MEMORY:
                 return f"--parallel {text} with --rows {few} fits by formula"
-    return "no layout with ep=8 and cp up to 16 fits by formula: take more GPUs"
+    return f"no layout with ep={ep} and cp up to 16 fits by formula: take more GPUs"
 
 
 def pipeline_table(config, layout, recipe, rows):
-    """Bubble and memory of pipeline stages, by formula: 1F1B, and interleaved (VPP) with 2 chunks of layers a stage."""
+    """Bubble and memory of pipeline stages, by formula: 1F1B, and interleaved (VPP) with 2 or more chunks of layers a stage."""
     pp, micro_steps = layout.pp, math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
     whole = formula(config, layout._replace(pp=1), rows, recipe.seq_len)
     kept = rows * recipe.seq_len // layout.cp * 2 * config.dim * config.n_layers / pp  # block inputs of one micro-batch
@@ -314,7 +305,7 @@ def pipeline_table(config, layout, recipe, rows):
     sizes = Sizes(config, layout)
     held = (2 + 4) * (config.n_layers / pp * (sizes.block + sizes.router + sizes.experts) + sizes.root / pp)
     print(f"\npipeline of {pp} stages, {micro_steps} micro-steps, by formula   bubble   kept activations of the stages, GB")
-    for name, chunks in (("1F1B", 1), ("interleaved, 2 chunks", 2)):
+    for name, chunks in (("1F1B", 1), (f"interleaved, {max(2, layout.vpp)} chunks", max(2, layout.vpp))):
         bubble = (pp - 1) / (chunks * micro_steps + pp - 1)
         if chunks == 1:
             flying = [pp - stage for stage in range(pp)]
@@ -332,12 +323,14 @@ def report(args):
     config, stage = config_named(args.config), args.stage
     if not 0 < args.mfu <= 1:
         raise InputError(f"--mfu is {args.mfu}, must be over 0 and at most 1")
+    if not 1 <= args.imbalance < math.inf:
+        raise InputError(f"--imbalance is {args.imbalance}: the fullest rank has at least an even share, 1")
     recipe = RECIPES[args.config].get(stage)
     if recipe is None:
         raise InputError(f"--stage {stage} is not one of {', '.join(RECIPES[args.config])} of {args.config}")
     T = recipe.seq_len
     rows = args.rows or recipe.micro_rows
-    layout = layout_of(args.parallel or LAYOUTS.get((args.config, T), "ep=8"), args.gpus, config)
+    layout = layout_of(args.parallel or LAYOUTS.get((args.config, T), f"ep={math.gcd(NODE, args.gpus)}"), args.gpus, config)
     ways = layout.dp * layout.ep
     print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
     print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"
@@ -353,8 +346,8 @@ def report(args):
     peak = checked(config, layout, rows, T, args.imbalance)["peak"]
     fits = peak <= (1 - LEFT_FREE) * GPU_MEMORY
     print(f"\npeak {peak / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB, {LEFT_FREE:.0%} of which stay free for CUDA, NCCL and fragmentation: "
-          + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows)))  # fmt: skip
-    micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu)
+          + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows, args.imbalance)))  # fmt: skip
+    micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu, args.imbalance)
     print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink "
           f"({LINK / 1e9:.0f} GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s, "
           f"beside it where they overlap")  # fmt: skip

@@ -38,8 +38,8 @@ def lr_at(step, schedule):
 
 
 class Recipe(NamedTuple):
-    """One stage: rows of seq_len tokens per step (micro_rows at a time on a rank), schedule, RoPE base; recompute: activations of
-    blocks are made again in the backward pass."""
+    """One stage: rows of seq_len tokens per step (micro_rows at a time on a rank), schedule, RoPE base; recompute: many ranks
+    make the activations of blocks again in the backward pass, which plan.py counts on."""
 
     seq_len: int
     rows: int
@@ -87,7 +87,7 @@ def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, rec
 RECIPES = {
     "tiny": _recipes(256, 1024, 8, (12, 3), (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
     "tiny_v3": _recipes_v3((256, 512, 1024), (8, 5, 3), (8, 5, 3), (250, 80, 40, 20, 20, 40), (25, 15), 3e-3, 0.99),
-    "small": _recipes(4096, 32768, 256, (4, 1), (20_000, 6000, 400), (600, 200), 6e-4, 24),
+    "small": _recipes(4096, 32768, 256, (4, 1), (20_000, 6000, 400), (600, 200), 6e-4, 24, recompute=True),
     # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
     "v2_30b": _recipes(4096, 32768, 5760, (6, 3), (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160, recompute=True),
     # batches that 512 GPUs can share, of 50M and 67M tokens; 8T, 4T, 0.5T, then 74B in each step of the long context and 0.13T

@@ -474,11 +474,14 @@ def test_one_row_of_the_plan_by_hand():
     assert rows["FLOPs"] == pytest.approx(8192 * (30 * by_hand + 6 * 553e6), rel=1e-3)
 
 
-@pytest.mark.parametrize("name,layout,rows,T", [("v2_30b", Layout(dp=8, ep=8), 3, 4096), ("v3_245b", Layout(dp=8, cp=8, ep=8), 1, 131_072)])
-def test_tracker_and_formula_agree(name, layout, rows, T):
+@pytest.mark.parametrize(
+    "name,layout,rows,T,imbalance",
+    [("v2_30b", Layout(dp=8, ep=8), 3, 4096, 1.5), ("v3_245b", Layout(dp=8, cp=8, ep=8), 1, 131_072, 1.0)],
+)
+def test_tracker_and_formula_agree(name, layout, rows, T, imbalance):
     """Two layers of the full width: every row within a percent (the plan itself allows five)."""
     config = dataclasses.replace(CONFIGS[name], n_layers=2)
-    counted, by_hand = plan.tracked(config, layout, rows, T), plan.formula(config, layout, rows, T)
+    counted, by_hand = plan.tracked(config, layout, rows, T, imbalance), plan.formula(config, layout, rows, T, imbalance)
     assert counted.keys() == by_hand.keys() and by_hand["peak"] > 5e9
     for row, value in counted.items():
         assert by_hand[row] == pytest.approx(value, rel=0.01), row
@@ -494,6 +497,8 @@ def test_the_time_of_a_step_by_hand():
     assert plan.step_time(config, layout, RECIPES["v2_30b"]["general"], 7, 0.35)[0] == 13  # the last is not full
     with pytest.raises(InputError, match="--mfu is 0.0"):
         plan.report(argparse.Namespace(config="v2_30b", stage="general", gpus=64, mfu=0.0))
+    with pytest.raises(InputError, match="--imbalance is 0.5"):
+        plan.report(argparse.Namespace(config="v2_30b", stage="general", gpus=64, mfu=0.4, imbalance=0.5))
 
 
 def test_full_sizes_fit_and_what_does_not_gets_advice():
@@ -506,3 +511,12 @@ def test_full_sizes_fit_and_what_does_not_gets_advice():
     assert plan.formula(config, layout_of("ep=8", 512, config), 1, 131_072)["peak"] > 80e9
     assert plan.advice(config, 512, 131_072, 1).startswith("--parallel ep=8,cp=")
     assert "take more GPUs" in plan.advice(config, 16, 131_072, 1)
+    assert plan.advice(CONFIGS["v2_30b"], 64, 4096, 24) == plan.advice(CONFIGS["v2_30b"], 64, 4096, 24, 1.0)
+    assert plan.advice(CONFIGS["v2_30b"], 64, 4096, 24, 6.0) != plan.advice(CONFIGS["v2_30b"], 64, 4096, 24)
+    assert plan.advice(CONFIGS["small"], 4, 4096, 4).startswith("--parallel ep=4,cp=1 ")
+
+
+def test_the_plan_of_a_pipeline_names_its_chunks(capsys):
+    config = CONFIGS["v2_30b"]
+    plan.pipeline_table(config, layout_of("pp=2,vpp=4,ep=8", 64, config), RECIPES["v2_30b"]["general"], 6)
+    assert "interleaved, 4 chunks" in capsys.readouterr().out
