@@ -66,7 +66,7 @@ def _process(step, job):
 
     with open(target + ".part", "w", encoding="utf-8") as file:
         file.writelines(written())
-    counts["seconds"] = time.perf_counter() - began
+    counts["seconds"] += time.perf_counter() - began
     write_json(target + ".counts", counts)
     os.replace(target + ".part", target)
 

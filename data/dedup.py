@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import re
+import time
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -108,13 +109,13 @@ def verdicts(texts_N, signatures_NP, quality_N, keep, threshold=THRESHOLD):
 
 
 def _read(path):
-    """(hashes of the whole texts, signatures, qualities) of a file's documents."""
-    texts, signatures, qualities = [], [], []
+    """(hashes of the whole texts, signatures, qualities) of a file's documents, and the seconds that took."""
+    texts, signatures, qualities, began = [], [], [], time.perf_counter()
     for document in documents_of(path):
         texts.append(hashlib.blake2b(document["text"].encode(), digest_size=8).digest())
         signatures.append(signature(document["text"]))
         qualities.append(document.get("quality", 0.0))
-    return texts, np.array(signatures, np.uint32).reshape(-1, P), qualities
+    return texts, np.array(signatures, np.uint32).reshape(-1, P), qualities, time.perf_counter() - began
 
 
 def plan(paths, out, keep=1, workers=None):
@@ -124,17 +125,18 @@ def plan(paths, out, keep=1, workers=None):
     """
     with ProcessPoolExecutor(workers) as pool:
         read = list(tqdm(pool.map(_read, paths), total=len(paths), desc="signatures", unit="file"))
-    texts = [text for file, _, _ in read for text in file]
-    qualities = [quality for *_, file in read for quality in file]
-    judged = verdicts(texts, np.concatenate([file for _, file, _ in read]), qualities, keep)
+    texts = [text for file, *_ in read for text in file]
+    qualities = [quality for *_, file, _ in read for quality in file]
+    judged = verdicts(texts, np.concatenate([file for _, file, *_ in read]), qualities, keep)
     ends = np.cumsum([len(file) for file, *_ in read])
     for path, part in zip(paths, np.split(judged, ends[:-1]), strict=True):
         np.save(os.path.join(out, f"{os.path.basename(path)}.verdicts.npy"), part)
-    return functools.partial(apply, out)
+    return functools.partial(apply, out, {path: seconds for path, (*_, seconds) in zip(paths, read, strict=True)})
 
 
-def apply(out, documents, counts, source):
-    """The step: drop what the plan judged a duplicate, tell the others how often they occurred."""
+def apply(out, seconds, documents, counts, source):
+    """The step: drop what the plan judged a duplicate, tell the others how often they occurred. seconds: of reading for the plan."""
+    counts["seconds"] += seconds[source]
     judged = np.load(os.path.join(out, f"{os.path.basename(source)}.verdicts.npy"))
     for document, verdict in zip(documents, judged.tolist(), strict=True):
         if verdict > 0:

@@ -8,7 +8,6 @@ split between the training and the test world. Facts (which country a city is in
 import functools
 import json
 import keyword
-import random
 
 from data import market
 from data.market import lexicon, money, phrase
@@ -210,49 +209,28 @@ def role_play(lang, rng, split):
     return {"messages": [{"role": "system", "content": system}, *messages], "answer": f"{product.words(lang)[kind]} - {persona}"}
 
 
-def shop_rules(lang, rng, split):
-    """(days for a return, order from which shipping is free, what a voucher takes off, the text that says so)."""
-    limit, threshold, off = rng.choice((7, 10, 14, 15, 30)), rng.randint(3, 9) * 10, rng.randint(2, 9)
-    text = phrase(lexicon(lang)["rules"][split], rng).format(limit=limit, threshold=money(threshold, lang), off=money(off, lang))
-    return limit, threshold, off, text
-
-
-def allowed_question(kind, limit, threshold, lang, rng, split):
-    """(question, yes or no, thought): is a return still possible, or is shipping free?"""
-    if kind == "return":
-        days = rng.randint(1, 2 * limit)
-        question, yes = ask(lang, rng, split, kind, days=days), days <= limit
-        step = larger(days, limit, lang)
-    else:
-        amount = rng.randint(11, 2 * threshold)
-        question, yes = ask(lang, rng, split, kind, amount=money(amount, lang)), amount >= threshold
-        step = larger(threshold, amount, lang, functools.partial(money, lang=lang))
-    return question, lexicon(lang)[YES_NO[not yes]], thought([step])
-
-
 def platform(lang, rng, split):
     """A shop's rules: is a return still possible, is shipping free, what is to be paid with a voucher."""
-    lex, kind = lexicon(lang), rng.choice(("return", "shipping", "voucher"))
-    limit, threshold, off, text = shop_rules(lang, rng, split)
+    lex, kind, price = lexicon(lang), rng.choice(("return", "shipping", "voucher")), functools.partial(money, lang=lang)
+    limit, threshold, off = rng.choice((7, 10, 14, 15, 30)), rng.randint(3, 9) * 10, rng.randint(2, 9)
+    text = phrase(lex["rules"][split], rng).format(limit=limit, threshold=price(threshold), off=price(off))
     if kind == "voucher":
         amount = rng.randint(11, 99)
-        question = ask(lang, rng, split, kind, amount=money(amount, lang))
+        question = ask(lang, rng, split, kind, amount=price(amount))
         think = lex["thoughts"]["voucher"].format(steps=market.steps_difference(amount, off))
-        return {"messages": about(text, question), "answer": money(amount - off, lang), "scorer": "number", "think": think}
-    question, answer, think = allowed_question(kind, limit, threshold, lang, rng, split)
-    return {"messages": about(text, question), "answer": answer, "think": think, "choices": [lex[word] for word in YES_NO]}
+        return {"messages": about(text, question), "answer": price(amount - off), "scorer": "number", "think": think}
+    if kind == "return":
+        days = rng.randint(1, 2 * limit)
+        question, yes, step = ask(lang, rng, split, kind, days=days), days <= limit, larger(days, limit, lang)
+    else:
+        amount = rng.randint(11, 2 * threshold)
+        question, yes = ask(lang, rng, split, kind, amount=price(amount)), amount >= threshold
+        step = larger(threshold, amount, lang, price)
+    choices = [lex[word] for word in YES_NO]
+    return {"messages": about(text, question), "answer": choices[not yes], "think": thought([step]), "choices": choices}
 
 
 TASKS = {
     "safety": safety, "knowledge": knowledge, "understanding": understanding, "reasoning": reasoning, "creative": creative,
     "coding": coding, "function_call": function_call, "retrieval": retrieval, "role_play": role_play, "platform": platform,
 }  # fmt: skip
-
-
-def main():
-    for name, make in TASKS.items():
-        print(name, json.dumps(make("en", random.Random(0), "test"), ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -105,10 +105,11 @@ def select(tasks, keep, seed=0):
     labels, odd = dbscan(z_ND), 1 - (z_ND * answers_ND).sum(1) + 1e-3  # inverse similarity of question and answer
     rng, chosen = np.random.default_rng(seed), np.flatnonzero(labels < 0).tolist()
     clusters = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
-    roots = np.array([np.sqrt(len(members)) for members in clusters])
-    wanted = max(0, keep * len(tasks) - len(chosen))
-    for members, root in zip(clusters, roots, strict=True):
-        k = min(len(members), max(1, round(wanted * root / roots.sum())))
+    wanted, roots = keep * len(tasks) - len(chosen), sum(len(members) ** 0.5 for members in clusters)
+    for members in sorted(clusters, key=len):  # what the small ones do not have, the larger give
+        root = len(members) ** 0.5
+        k = min(len(members), max(1, round(wanted * root / roots)))
+        wanted, roots = wanted - k, roots - root
         chosen += rng.choice(members, k, replace=False, p=odd[members] / odd[members].sum()).tolist()
     sizes = {"given": len(tasks), "unique": len(unique), "clusters": len(clusters), "in no cluster": int((labels < 0).sum())}
     return [unique[i] for i in sorted(chosen)], {**sizes, "chosen": len(chosen)}

@@ -134,6 +134,15 @@ def test_dedup_finds_what_was_planted(tmp_path, script):
     assert report["documents in"] - report["documents out"] == len(near | exact)
 
 
+def test_the_seconds_of_dedup_have_its_signatures_in_them(tmp_path):
+    write(tmp_path / "in", planted(0, originals=20)[0], files=2)
+    paths = list(chain.files_of(tmp_path / "in").values())
+    (tmp_path / "out").mkdir()
+    step = dedup.plan(paths, tmp_path / "out", workers=1)
+    signatures = sum(step.args[1].values())
+    assert chain.run("dedup", step, tmp_path / "in", tmp_path / "out", 1)["seconds"] > signatures > 0
+
+
 SENTENCES = {
     "en": "The parcel arrived two days later than promised.", "zh": "快递比预计的时间晚了两天才到。",
     "id": "Paketnya baru sampai karena kurirnya bisa dihubungi.", "pt": "A encomenda chegou dois dias depois do prometido.",

@@ -134,6 +134,16 @@ def test_near_duplicates_and_dense_regions_shrink():
     assert {task["task"] for task in chosen} == set(TASKS) and selection.select(doubled, 0.3)[0] == chosen
 
 
+def test_what_small_clusters_do_not_have_the_large_ones_give(monkeypatch):
+    """As many tasks as asked for, of clusters of 200 and of 8, though the small one cannot give its share."""
+    every = [{"messages": [{"role": "user", "content": f"{market.made_up(random.Random(i))} {i}"}], "answer": str(i)} for i in range(208)]
+    monkeypatch.setattr(selection, "without_near_duplicates", list)
+    monkeypatch.setattr(selection, "dbscan", lambda z_ND: np.repeat([0, 1], [200, 8]))
+    for keep in (0.3, 0.5, 1):
+        chosen, _ = selection.select(every, keep)
+        assert len(chosen) == round(keep * 208) and sum(task in every[200:] for task in chosen) == 8
+
+
 def test_every_maker_writes_what_it_promises(tmp_path, script):
     both = {"train.jsonl", "test.jsonl"}
     for module, names in (("tasks", both), ("preferences", both), ("noise", {"en.jsonl", "zh.jsonl"})):
