@@ -35,7 +35,7 @@ STAGES = {
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
 MANIFEST, MOMENTS = "manifest.json", ("exp_avg", "exp_avg_sq")  # of a checkpoint that is a folder of shards
-LOGGED = 100  # an exported log keeps one step in so many
+LOGGED, LAST = 100, 50  # an exported log keeps one step in so many, and of each stage the last, whose mean loss is reported
 
 
 def write_atomically(path, content):
@@ -178,18 +178,19 @@ def checkpoints(run, stage):
 
 
 def load_latest(run, stage, device="cpu", weights=True):
-    """The newest intact checkpoint of a stage; torn ones are named and passed over."""
+    """The newest intact checkpoint of a stage, with its "path"; torn ones are named and passed over."""
     paths = checkpoints(run, stage)
     for path in paths:
         try:
             if not weights and (problem := fault(path)):
                 raise InputError(problem)
-            return {**load_checkpoint(path, device, weights), "stage": stage}  # the folder's name, where someone has renamed it
+            # stage: the folder's name, where someone has renamed it
+            return {**load_checkpoint(path, device, weights), "stage": stage, "path": path}
         except InputError as error:
             print(f"{error}; trying the one before it")
-    problem = "holds no intact checkpoint" if paths else "not found"
+    problem = "holds no intact checkpoint: delete that folder and" if paths else "not found:"
     maker = "python reward.py" if stage.startswith("reward") else STAGES.get(stage, "python train.py")
-    raise InputError(f"{run}/{stage} {problem}: run `{maker} --run {run}` first")
+    raise InputError(f"{run}/{stage} {problem} run `{maker} --run {run}` first")
 
 
 def latest_stage(run, among=STAGES):
@@ -205,13 +206,18 @@ def is_quantized(state):
     return any(name.endswith((".qweight", ".weight_fp8")) for name in state["model"])
 
 
+def refuse_quantized(state):
+    """Raise InputError where a checkpoint's weights are quantized: those only answer (generate.py, evaluate.py)."""
+    if is_quantized(state):
+        raise InputError(f"this checkpoint of {state['stage']} is quantized and can only answer: train on in the run it was made from")
+
+
 def load_model(state, device="cpu", **changes):
     """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly.
 
-    Raises InputError where the weights are quantized (those only answer: generate.py, evaluate.py) or a reward model's.
+    Raises InputError where the weights are quantized or a reward model's.
     """
-    if is_quantized(state):
-        raise InputError(f"this checkpoint of {state['stage']} is quantized and can only answer: train on in the run it was made from")
+    refuse_quantized(state)
     if "value.weight" in state["model"]:
         raise InputError(f"stage {state['stage']} is a reward model, which judges answers and gives none: name another --stage")
     model = Compass(CompassConfig(**{**state["config"], **changes}))
@@ -283,7 +289,8 @@ def rewind_metrics(run, stage, step):
 def export(run, folder):
     """Write the last stage's model in bf16, without optimizer, as a run folder of its own, to go on from with --run.
 
-    Beside it the tokenizer, report and plots, every LOGGED-th line of metrics.jsonl and origin.json: stage, step, seed, git commit.
+    Beside it the tokenizer, report and plots, metrics.jsonl (every LOGGED-th step and each stage's LAST) and origin.json: stage, step,
+    seed, git commit.
     """
     stage = latest_stage(run)
     state = load_latest(run, stage)
@@ -294,16 +301,16 @@ def export(run, folder):
     for name in sorted(os.listdir(run)):
         if name.startswith(("tokenizer.", "report.")) or name.endswith(".png"):
             shutil.copy(os.path.join(run, name), folder)
-    kept = [entry for entry in read_metrics(run) if entry.get("step", 0) % LOGGED == 0 or "load" in entry]
+    metrics = read_metrics(run)
+    ends = {entry["stage"]: entry.get("step", 0) - LAST for entry in metrics}
+    kept = [e for e in metrics if e.get("step", 0) % LOGGED == 0 or e.get("step", 0) > ends[e["stage"]] or "load" in e]
     write_atomically(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
     here = os.path.dirname(os.path.abspath(__file__))
     asked = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     origin = {"stage": stage, "step": state["step"], "seed": state["seed"], "commit": asked or "not known"}
     write_atomically(os.path.join(folder, "origin.json"), json.dumps(origin, indent=1).encode())
     path = os.path.join(folder, stage, f"step_{state['step']}.pt")
-    save_checkpoint(
-        path, model, step=state["step"], stage=stage, tokenizer_hash=state["tokenizer_hash"], seed=state["seed"]
-    )  # fmt: skip
+    save_checkpoint(path, model, step=state["step"], stage=stage, tokenizer_hash=state["tokenizer_hash"], seed=state["seed"])
     size = sum(os.path.getsize(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
     print(f"{path}: {stage} of {run} in bf16; the folder has {size / 1e6:.1f} MB")
 

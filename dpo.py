@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import checkpoints, inherit, load_latest, load_model
+from checkpoint import inherit, load_latest, load_model
 from cli import InputError
 from data.scorers import SCORERS
 from data.tasks import tasks
@@ -202,9 +202,6 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
     if getattr(args, "data", None):
         raise InputError(f"--data {args.data} with --rounds: rounds make their pairs from the run's own answers; leave one of the two out")
     names = [*(f"{stage}/{turn}" for turn in range(1, args.rounds)), stage]
-    taken = [name for name in names if checkpoints(args.run, name)]
-    if taken and not args.resume:
-        raise InputError(f"{args.run}/{taken[0]} already holds checkpoints: pass --resume to go on, or another --run")
     if stage_schedule(stage, args, schedule) is None:  # the last round bears the stage's name
         return
     reference, model = load_model(state, device).eval(), load_model(state, device)
@@ -232,7 +229,7 @@ def tune(stage, objective, args, off_policy=False):
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
     schedule = stage_schedule(stage, args, SCHEDULE)
     if schedule is not None:
-        model = model_from(state, args.run, ranks, device)
+        model = model_from(state, ranks, device)
         pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed, ranks)
         add_reference(pairs, model)
         fit_stage(model, pairs.batch, objective, for_width(schedule, model.config), stage, args, tokenizer, alarm)

@@ -32,11 +32,11 @@ from data.needles import line_retrieval, needle
 from data.scorers import SCORERS
 from data.tasks import ECOMMERCE, fingerprint, tasks
 from generate import GREEDY, Sampling, generate, load_for_inference, split_thought, with_room
-from report import plot_accuracy, plot_load, plot_losses, plot_needles, stage_losses, write_report
+from report import plot_load, plot_losses, stage_losses, write_report
 from train import assemble, losses_of
 
 PRETRAINING = ("general", "anneal", "market", "reasoning", "extend", "long", "mtp")  # these answer plain text, not chats
-BASE = "long"  # the one that is evaluated
+EVALUATED = ("long", "sft1", "sft2", "dpo", "otpo")  # and the run's last stage, whichever it is
 
 
 @torch.inference_mode()
@@ -275,7 +275,8 @@ def evaluate_stages(run, device, test, documents, samples):
     """Figures of every evaluated stage of the run, as the dict that report.py shows, and sample chats."""
     report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}, "retrieval": {}}
     chats = ""
-    stages = [stage for stage in (BASE, "sft1", "sft2", "dpo", "otpo") if checkpoints(run, stage)] or [latest_stage(run)]
+    last = latest_stage(run)
+    stages = [stage for stage in STAGES if stage == last or stage in EVALUATED and checkpoints(run, stage)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)
         kept = Answers(os.path.join(run, "answers.jsonl"), checksum(next(path for path in checkpoints(run, stage) if not fault(path))))
@@ -317,10 +318,6 @@ def main():
     report["loss"], report["tokens_per_s"] = stage_losses(metrics)
     plot_losses(metrics, os.path.join(args.run, "loss.png"))
     report["busiest_expert"] = plot_load(metrics, os.path.join(args.run, "load.png"))
-    if report["retrieval"]:
-        plot_needles(report["retrieval"], os.path.join(args.run, "needles.png"))
-    last = [stage for stage in STAGES if stage in report["accuracy"]][-1]
-    plot_accuracy(report["accuracy"][last], f"accuracy after {last}, %", os.path.join(args.run, "accuracy.png"))
     print(write_report(args.run, report, chats))
     print(f"report and plots: {args.run}/report.md")
 

@@ -13,18 +13,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from checkpoint import STAGES, write_atomically
+from checkpoint import LAST, STAGES, write_atomically
 
 plt.rcParams["figure.constrained_layout.use"] = True
 
 
 def stage_losses(metrics):
-    """{stage: mean lm loss of its last 50 steps}, {stage: median tokens per second}."""
+    """{stage: mean lm loss of its LAST steps}, {stage: median tokens per second}."""
     by_stage = defaultdict(list)
     for entry in metrics:
         if entry.get("lm") is not None:
             by_stage[entry["stage"]].append(entry)
-    loss = {stage: float(np.mean([e["lm"] for e in entries[-50:]])) for stage, entries in by_stage.items()}
+    loss = {
+        stage: float(np.mean([e["lm"] for e in entries if e["step"] > entries[-1]["step"] - LAST])) for stage, entries in by_stage.items()
+    }
     speed = {stage: float(np.median([e["tokens_per_s"] for e in entries])) for stage, entries in by_stage.items()}
     return loss, speed
 
@@ -127,15 +129,16 @@ def thinking_table(switch):
 
 
 def write_report(run, report, chats):
-    """report.json and report.md; returns the markdown."""
+    """report.json, report.md, accuracy.png and needles.png; returns the markdown."""
     last = [stage for stage in STAGES if stage in report["accuracy"]][-1]
-    sections = ["# Report", "## Loss (nats per trained token, mean of the last 50 steps) and speed"]
+    sections = ["# Report", f"## Loss (nats per trained token, mean of the last {LAST} steps) and speed"]
     rows = [[stage, f"{loss:.3f}", f"{report['tokens_per_s'][stage]:,.0f}"] for stage, loss in report["loss"].items()]
     sections += [table(rows, ["stage", "loss", "tokens/s"]), "![loss](loss.png)"]
     sections.append(f"## Accuracy ({report['source']})")
     sections.append(accuracy_table(report["accuracy"], report["tasks_hash"], last))
     baselines = "majority, copy and without text are baselines that cannot know the answer, but where a task has no text to be cut away."
     sections.append(baselines + " ![accuracy](accuracy.png)")
+    plot_accuracy(report["accuracy"][last], f"accuracy after {last}, %", os.path.join(run, "accuracy.png"))
     if report.get("thinking", {}).get("on", {}).get("accuracy"):
         sections += ["## Thinking on and off", thinking_table(report["thinking"])]
     if report.get("choices"):
@@ -148,6 +151,7 @@ def write_report(run, report, chats):
     if "samples" in report:
         sections += ["## Sampled answers", table([[f"{100 * value:.1f}" for value in report["samples"].values()]], list(report["samples"]))]
     if report["retrieval"]:
+        plot_needles(report["retrieval"], os.path.join(run, "needles.png"))
         sections += ["## Parcels found in long texts (guessing: 8 %)", "![needles](needles.png)"]
     langs = sorted({lang for values in report["bits_per_byte"].values() for lang in values})
     rows = [[s, *(f"{values[lang]:.3f}" for lang in langs)] for s, values in report["bits_per_byte"].items()]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoint import MANIFEST, MOMENTS, checkpoints, discard, fault, file_sha256, load_checkpoint, read_manifest, write_atomically
+from checkpoint import MANIFEST, MOMENTS, discard, file_sha256, load_checkpoint, read_manifest, refuse_quantized, write_atomically
 from cli import InputError
 from compass import Compass
 from parallel import packed_orders, sharded_like, unpacked
@@ -81,11 +81,11 @@ def names_of(model):
 
 @torch.no_grad()
 def restore(path, model, optimizer=None):
-    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer); returns its dict, a
-    folder's manifest only."""
+    """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer)."""
     orders, tensors = packed_orders(model), tensors_of(model, optimizer)
     if not os.path.isdir(path):
         state = load_checkpoint(path)
+        refuse_quantized(state)
         if optimizer is not None and state["optimizer"] is None:
             raise InputError(f"{path} holds weights only, as exports do: it cannot be resumed, only built on")
         whole = {f"model.{name}": x for name, x in state["model"].items()}
@@ -107,14 +107,3 @@ def restore(path, model, optimizer=None):
     if optimizer is not None:
         for name, p in model.named_parameters():
             optimizer.state[p]["step"].fill_(state["optimizer_steps"][name])
-    return state
-
-
-def restore_latest(run, stage, model, optimizer=None):
-    """`restore` from the newest checkpoint of a stage that every rank finds intact; torn ones are named and passed over."""
-    for path in checkpoints(run, stage):
-        if problem := fault(path):
-            print(f"{problem}; trying the one before it")
-        else:
-            return restore(path, model, optimizer)
-    raise InputError(f"{run}/{stage} holds no intact checkpoint: run its stage first")

@@ -227,7 +227,7 @@ def main():
         steps = args.steps or begun or epochs * math.ceil(len(pairs.rows) / pairs.per_step)  # begun perhaps by more ranks
         schedule = stage_schedule(stage, args, Schedule(steps, peak, 0.0, steps // 20, shape=shape))
         if schedule is not None:
-            model = RewardModel(model_from(state, args.run, ranks, device), args.seed).to(device)
+            model = RewardModel(model_from(state, ranks, device), args.seed).to(device)
             fit_stage(model, pairs.batch, reward_loss, for_width(schedule, model.config), stage, args, tokenizer)
     if ranks is not None:
         torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ itself. Only answers are trained on; v3's mixed loss trains on the whole convers
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
 """
 
+import bisect
 import math
 import random
 
@@ -47,49 +48,30 @@ FULL = {"none": (), "e-commerce": DOMAINS[:1], "general": DOMAINS[1:], "all": DO
 
 
 def pack(lengths, capacity):
-    """Best-fit decreasing: bins of sample indices, each at most `capacity` tokens; O(n log capacity).
+    """Best-fit decreasing: bins of sample indices, each at most `capacity` tokens; a million lengths take seconds.
 
-    Longest first, every sample goes to the bin it fills best. A segment tree over free space (leaf c counts the
-    bins with exactly c tokens free) finds the smallest sufficient c. Raises
-    InputError (a ValueError) naming the index of a sample that is longer than capacity, or empty.
+    Longest first, every sample goes to the bin it fills best: the one with the least free space that suffices, found by bisection.
+    Raises InputError (a ValueError) naming the index of a sample that is longer than capacity, or empty.
     """
-    size = 1 << capacity.bit_length()  # leaves 0..capacity
-    tree = [0] * (2 * size)  # tree[i]: how many bins the leaves below node i count
-    bins_free = [[] for _ in range(capacity + 1)]
-    bins = []
-
-    def add(free, count):
-        node = free + size
-        while node:
-            tree[node] += count
-            node //= 2
-
-    def smallest_at_least(free):
-        node = free + size
-        if tree[node]:
-            return free
-        while node % 2 or not tree[node + 1]:  # climb until a right sibling holds something, then go down its left edge
-            node //= 2
-        node += 1
-        while node < size:
-            node = 2 * node if tree[2 * node] else 2 * node + 1
-        return node - size
-
-    add(capacity, 1)  # the bin that will be opened next
+    bins, sizes = [], []  # sizes: the free spaces that bins have, ascending
+    having = [[] for _ in range(capacity)]  # having[free]: the bins with so much space
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not 0 < lengths[i] <= capacity:
             raise InputError(f"sample {i} has {lengths[i]} tokens; a packed row holds 1 to {capacity}")
-        free = smallest_at_least(lengths[i])
-        if free == capacity:
-            b = len(bins)
+        at = bisect.bisect_left(sizes, lengths[i])
+        if at == len(sizes):
+            b, free = len(bins), capacity
             bins.append([])
         else:
-            b = bins_free[free].pop()
-            add(free, -1)
+            free = sizes[at]
+            b = having[free].pop()
+            if not having[free]:
+                del sizes[at]
         bins[b].append(i)
-        if free > lengths[i]:
-            bins_free[free - lengths[i]].append(b)
-            add(free - lengths[i], 1)
+        if left := free - lengths[i]:
+            if not having[left]:
+                bisect.insort(sizes, left)
+            having[left].append(b)
     return bins
 
 
@@ -100,15 +82,6 @@ def collate(samples, bins, capacity=CAPACITY):
     """
     batch = assemble([[samples[i] for i in members] for members in bins], capacity)
     return tuple(batch[name] for name in ("tokens", "targets", "weights", "doc_ids", "positions"))
-
-
-def common_length(longest, multiple=8):
-    """The width of this step's batch: the longest sample of all data-parallel ranks, rounded up (Distributed Dynamic Padding)."""
-    longest = torch.tensor(longest)
-    if torch.distributed.is_initialized():
-        longest = longest.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-        torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
-    return -(-int(longest) // multiple) * multiple
 
 
 def length_buckets(lengths, tokens, rng, least=1, window=4096):
@@ -159,11 +132,14 @@ def curriculum(stage, examples, seed):
 def pass_rates(model, tokenizer, examples, n=8, seed=0):
     """Share of n sampled thoughts that lead to an answer the scorer accepts, for each task (v2 §5.2)."""
     prompts = [tokenizer.encode_chat(task["messages"], thinking=True)[0] for task in examples]
+    fits = [len(prompt) < model.config.max_seq_len for prompt in prompts]
+    if not all(fits):
+        print(f"{fits.count(False):,} prompts leave no room for an answer in a context of {model.config.max_seq_len}: rated 0")
     sampling = with_room(Sampling(temperature=1.0, top_k=0, top_p=1.0, max_tokens=96, seed=seed), tokenizer, examples)
-    completions = iter(generate(model, tokenizer, prompts, sampling, n))
+    completions = iter(generate(model, tokenizer, [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], sampling, n))
     scored = [
-        [SCORERS[task.get("scorer", "exact")](split_thought(next(completions).text)[1], task["answer"]) for _ in range(n)]
-        for task in examples
+        [fit and SCORERS[task.get("scorer", "exact")](split_thought(next(completions).text)[1], task["answer"]) for _ in range(n)]
+        for task, fit in zip(examples, fits, strict=True)
     ]
     return np.mean(scored, axis=1).tolist()
 
@@ -174,6 +150,11 @@ def decontaminated(examples, test):
     clusters = near_duplicates(np.stack([signature(prompt) for prompt in prompts]))
     seen = {clusters.find(i) for i in range(len(test))}
     return [task for i, task in enumerate(examples, len(test)) if clusters.find(i) not in seen]
+
+
+def _rounded(width):
+    """The next number of tokens that context parallelism over up to 8 ranks can cut."""
+    return -(-width // 16) * 16
 
 
 class Chats:
@@ -202,7 +183,7 @@ class Chats:
             if DOMAINS.index(name) not in self.domains:
                 raise InputError(f'no conversation is of the domain {name}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
-        self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # a number that context parallelism can cut
+        self.capacity = max(CAPACITY, _rounded(max(lengths)))
         self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed), ranks)
         places = self.capacity * len(self.units)
@@ -222,7 +203,8 @@ class Chats:
                 random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
             chosen.append(self.units[self.order[place]])
         rows = chosen if self.packed else [[i] for i in chosen[0]]
-        width = self.capacity if self.packed else common_length(max(len(self.samples[i][0]) for i in chosen[0]))
+        # every rank makes the whole batch before it takes its rows, so all have one width without asking each other
+        width = self.capacity if self.packed else _rounded(max(len(self.samples[i][0]) for i in chosen[0]))
         batch = assemble([[self.samples[i] for i in members] for members in rows], width)
         most = max(map(len, rows))
         domain_of_doc = torch.tensor([[self.domains[i] for i in members] + [0] * (most - len(members)) for members in rows])
@@ -276,7 +258,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         examples = selected_thoughts(stage, examples, args, device)
     if not examples:
         raise InputError(f"{stage}: no task is left to train on")
-    model = model_from(state, args.run, ranks, device)
+    model = model_from(state, ranks, device)
     chats = Chats(
         curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed",
         model.ranks.count,
@@ -291,7 +273,7 @@ def main():
         stage=dict(default="all", choices=("all", *STAGES)),
         full=dict(default="none", choices=tuple(FULL), help="domain whose prompts are trained on too (v3's mixed loss: e-commerce)"),
         batching=dict(default="packed", choices=("packed", "padded"), help="pack conversations into rows, or pad batches of like length"),
-        rollouts=dict(help="run whose last model tries each reasoning task; sft2 keeps those it solves now and then"),
+        rollouts=dict(help="run whose last model tries each reasoning task; all stages but sft1 keep those it solves now and then"),
     )  # fmt: skip
     stages = ["sft1", "sft2"] if args.stage == "all" else [args.stage]
 

@@ -11,6 +11,7 @@ encoding runs at tiktoken's speed; training is ours and is written below.
 
 import base64
 import gc
+import glob
 import hashlib
 import heapq
 import itertools
@@ -201,11 +202,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Load from a run folder, or from its tokenizer.tiktoken."""
-        folder = os.path.dirname(path) if path.endswith(".tiktoken") else path
-        file = os.path.join(folder, "tokenizer.tiktoken")
+        """Load from a run folder."""
+        file = os.path.join(path, "tokenizer.tiktoken")
         if not os.path.exists(file):
-            raise InputError(f"{file} not found: run `python tokenizer.py --run {folder}` first")
+            raise InputError(f"{file} not found: run `python tokenizer.py --run {path}` first")
         ranks = {}
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -216,7 +216,7 @@ class Tokenizer:
                     raise InputError(f"{file}:{number}: not a rank line: {line[:60]!r}") from None
         if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
             raise InputError(f"{file}: {len(ranks)} ranks; need at least 256 and no gaps from 0 on (a torn file?)")
-        file = os.path.join(folder, "tokenizer.json")
+        file = os.path.join(path, "tokenizer.json")
         with open(file, encoding="utf-8") as lines:
             try:
                 settings = json.load(lines)
@@ -312,6 +312,9 @@ def main():
 
     split = parse_split(args.split)
     tokenizer = train(documents(args.data, "general", args.seed), config_named(args.config).vocab_size, split)
+    there = all(glob.glob(os.path.join(glob.escape(args.run), name)) for name in ("tokenizer.tiktoken", "*/step_*.pt"))
+    if there and Tokenizer.load(args.run).hash != tokenizer.hash:
+        raise InputError(f"{args.run} holds checkpoints that need its present tokenizer, which is another: name another --run")
     tokenizer.save(args.run)
     sample = "Beli 2 kemeja katun, harga Rp45.000 / ซื้อเสื้อ 2 ตัว / 买两件衬衫"
     ids = tokenizer.encode(sample)

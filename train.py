@@ -213,7 +213,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         state = load_latest(run, stage, weights=not ranks.several)
         refuse_another(state, model, tokenizer_hash)
         if ranks.several:
-            state = resharding.restore_latest(run, stage, model, optimizer)
+            resharding.restore(state["path"], model, optimizer)
         elif state["optimizer"] is None:
             raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
         else:
@@ -299,12 +299,14 @@ def for_width(schedule, config):
 def stage_schedule(stage, args, schedule):
     """The schedule under --steps; None where --resume finds the last intact checkpoint at its final step, which is said aloud.
 
-    Raises InputError where the stage was begun with other steps or another seed: its schedule and data were others, and a later stage
-    may have been built on it.
+    Raises InputError where the stage has begun and is not to be resumed, before anything is made for it; or was begun with other steps
+    or another seed: its schedule and data were others, and a later stage may have been built on it.
     """
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if args.resume and checkpoints(args.run, stage):
+    if checkpoints(args.run, stage):
+        if not args.resume:
+            raise InputError(f"{args.run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
         state = load_latest(args.run, stage, weights=False)
         begun = state.get("planned") or schedule.steps, state["seed"]  # exports do not know what was planned
         if begun != (schedule.steps, args.seed):
@@ -318,16 +320,6 @@ def stage_schedule(stage, args, schedule):
     return schedule
 
 
-def first_model(config, ranks, device, args, recipe):
-    """A new model: of this process, or this rank's part of it."""
-    if ranks is None:
-        with device:
-            return Compass(config)
-    from parallel import build, initialise
-
-    return initialise(build(config, ranks, device, recipe.recompute), args.seed)
-
-
 def processes(args, config_of):
     """(device, parallel.Ranks), or (device, None) for a process that torchrun did not start. config_of() is the model's config."""
     if args.parallel or "WORLD_SIZE" in os.environ:
@@ -337,15 +329,15 @@ def processes(args, config_of):
     return cli.pick_device(args.device), None
 
 
-def model_from(state, run, ranks, device, recompute=False, **changes):
-    """The model that a stage left behind, from its `state`; some fields of the config may be changed."""
+def model_from(state, ranks, device, recompute=False, **changes):
+    """The model that a stage left behind, from its `load_latest`; some fields of the config may be changed."""
     if ranks is None:
         return load_model(state, device, **changes)
     import resharding
     from parallel import build
 
     model = build(CompassConfig(**{**state["config"], **changes}), ranks, device, recompute)
-    resharding.restore_latest(run, state["stage"], model)
+    resharding.restore(state["path"], model)
     return model
 
 
@@ -369,11 +361,16 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     if schedule is None:
         return
     torch.manual_seed(args.seed)
-    if before is None:
-        model = first_model(config, ranks, device, args, recipe)
+    if before is None and ranks is None:
+        with device:
+            model = Compass(config)
+    elif before is None:
+        from parallel import build, initialise
+
+        model = initialise(build(config, ranks, device, recipe.recompute), args.seed)
     else:
         changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
-        model = model_from(state, args.run, ranks, device, recipe.recompute, **changes)
+        model = model_from(state, ranks, device, recipe.recompute, **changes)
     if is_shards(args.data):
         tokenised = Shards(args.data, tokenizer)
     else:

@@ -1,5 +1,6 @@
 """evaluate.py: likelihoods against whole logits, intervals by hand, resumed answers, needles, and users' task files."""
 
+import dataclasses
 import json
 import math
 import random
@@ -7,6 +8,8 @@ import random
 import pytest
 import torch
 
+from checkpoint import save_checkpoint
+from compass import Compass
 from data.needles import line_retrieval, needle
 from data.reader import read_tasks
 from data.tasks import tasks
@@ -17,6 +20,7 @@ from evaluate import (
     best_of_samples,
     bits_per_byte,
     copied_answers,
+    evaluate_stages,
     interval,
     majority_answers,
     multiple_choice,
@@ -28,6 +32,18 @@ from evaluate import (
 from generate import GREEDY, generate, with_room
 from report import table
 from tokenizer import Tokenizer
+
+
+def test_the_last_stage_is_evaluated_whichever_it_is(micro_config, micro_tokenizer, tmp_path):
+    micro_tokenizer.save(tmp_path)
+    model = Compass(dataclasses.replace(micro_config, max_seq_len=256))
+    for stage in ("anneal", "long", "mtp", "sft1", "drills"):
+        path = str(tmp_path / stage / "step_1.pt")
+        save_checkpoint(path, model, step=1, stage=stage, tokenizer_hash=micro_tokenizer.hash)
+        if stage in ("mtp", "drills"):
+            report, _ = evaluate_stages(str(tmp_path), torch.device("cpu"), tasks("test", 0, 1)[:2], [{"text": "a", "lang": "en"}], 1)
+            expected = {"mtp": ["long", "mtp"], "drills": ["long", "sft1", "drills", "without text"]}[stage]
+            assert list(report["accuracy"]) == expected and list(report["bits_per_byte"]) == expected[:3]
 
 
 def test_continuations_equal_whole_logits_one_by_one(micro_model, micro_tokenizer):

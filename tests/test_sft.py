@@ -1,6 +1,7 @@
 """sft.py: packing against trl and a bound, masks, curriculum, bad task files."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from data.preferences import preferences
 from data.tasks import tasks
 from parallel import Layout, Ranks, parallelize
 from reward import Pairs, encode_pairs
-from sft import CAPACITY, FULL, ROWS, Chats, collate, common_length, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
+from sft import CAPACITY, FULL, ROWS, Chats, collate, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
 from train import Schedule, _train_step, for_width, make_optimizer
 
 
@@ -144,7 +145,7 @@ def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer):
         (batch,) = chats.batch(step)
         valid = batch["doc_ids"] >= 0
         longest = valid.sum(1).max().item()
-        assert batch["tokens"].shape[1] == common_length(longest) < longest + 8 and valid.numel() <= CAPACITY * ROWS + 8 * len(valid)
+        assert batch["tokens"].shape[1] == -(-longest // 16) * 16 and valid.numel() <= CAPACITY * ROWS + 16 * len(valid)
         seen += int(valid.sum())
     assert seen == sum(len(ids) for ids, _ in chats.samples)
 
@@ -176,14 +177,13 @@ def test_domains_add_up_to_the_loss(micro_model, micro_tokenizer):
 
 
 def rank_step(rank, folder, models, batch):
-    """One of two gloo ranks: a step on its rows; what came out goes to a file. The width is agreed on first."""
+    """One of two gloo ranks: a step on its rows; what came out goes to a file."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    width = common_length([17, 30][rank])
     model = parallelize(models[rank], Ranks(Layout(dp=2), "cpu"))
     rows = [model.ranks.take(batch)]
     loss, norm, _, metrics = _train_step(model, make_optimizer(model), rows, sft_loss, 1e-3, torch.device("cpu"))
     whole = {name: p.full_tensor() for name, p in model.state_dict().items()}
-    torch.save((width, loss, norm, metrics["lm_general"], whole), f"{folder}/{rank}.pt")
+    torch.save((loss, norm, metrics["lm_general"], whole), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -193,8 +193,8 @@ def test_two_ranks_equal_one_batch(micro_model, micro_tokenizer, tmp_path):
     torch.multiprocessing.spawn(rank_step, (str(tmp_path), [copy.deepcopy(micro_model) for _ in range(2)], whole), nprocs=2)
     loss, norm, _, metrics = _train_step(micro_model, make_optimizer(micro_model), [whole], sft_loss, 1e-3, torch.device("cpu"))
     for rank in range(2):
-        width, their_loss, their_norm, general, weights = torch.load(tmp_path / f"{rank}.pt")
-        assert width == 32 and their_loss == pytest.approx(loss, rel=1e-6) and their_norm == pytest.approx(norm, rel=1e-4)
+        their_loss, their_norm, general, weights = torch.load(tmp_path / f"{rank}.pt")
+        assert their_loss == pytest.approx(loss, rel=1e-6) and their_norm == pytest.approx(norm, rel=1e-4)
         assert general == pytest.approx(metrics["lm_general"], rel=1e-5)
         for name, value in micro_model.state_dict().items():
             torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-5, msg=name)
@@ -210,7 +210,10 @@ def test_pass_rates_and_the_window(micro_model, micro_tokenizer, monkeypatch, tm
     never, now_and_then, always = (task["answer"] for task in reasoning)
     texts = ["0"] * 8 + [f"<think>so</think> {now_and_then}"] * 3 + ["0"] * 5 + [always] * 8
     monkeypatch.setattr("sft.generate", lambda *_: [Completion(text, [], [], True) for text in texts])
-    assert pass_rates(micro_model, micro_tokenizer, reasoning) == [0.0, 0.375, 1.0]
+    micro_model.config = dataclasses.replace(micro_model.config, max_seq_len=100)
+    endless = {**reasoning[0], "messages": [{"role": "user", "content": "1 + 1" * 100}]}
+    assert pass_rates(micro_model, micro_tokenizer, [reasoning[0], endless, *reasoning[1:]]) == [0.0, 0.0, 0.375, 1.0]
+    assert "1 prompts leave no room for an answer in a context of 100" in capsys.readouterr().out
     monkeypatch.setattr("sft.load_for_inference", lambda *_: (micro_model, micro_tokenizer))
     direct = [{"messages": [{"role": "user", "content": "q"}], "answer": "a"}]
     kept = selected_thoughts("sft2", direct + reasoning, SimpleNamespace(rollouts="a run", seed=0), "cpu")

@@ -148,6 +148,25 @@ def test_save_load_and_torn_files(tokenizer, tmp_path):
             Tokenizer.load(str(tmp_path))
 
 
+def test_a_trained_runs_tokenizer_stays(tokenizer, tmp_path, monkeypatch):
+    import tokenizer as script
+
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", "--run", str(tmp_path)])
+    monkeypatch.setattr(script, "train", lambda *_: Tokenizer(train_bpe(["another text"] * 2, 300)))
+    (tmp_path / "sft1").mkdir()
+    (tmp_path / "sft1" / "step_1.pt").write_bytes(b"")
+    tokenizer.save(tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints that need its present tokenizer"):
+        script.main()
+    assert Tokenizer.load(tmp_path).hash == tokenizer.hash
+    monkeypatch.setattr(script, "train", lambda *_: tokenizer)
+    script.main()  # the same once more
+    (tmp_path / "sft1" / "step_1.pt").unlink()
+    monkeypatch.setattr(script, "train", lambda *_: Tokenizer(train_bpe(["another text"] * 2, 300)))
+    script.main()
+    assert Tokenizer.load(tmp_path).hash != tokenizer.hash
+
+
 def test_the_split_of_the_vocabulary(documents):
     both = [{"text": text, "lang": lang} for text in documents for lang in ("en", "zh")]
     sizes = {split: len(train(both, 900, split).ranks) for split in ((150, 20, 50), (60, 20, 20))}

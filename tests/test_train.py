@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import signal
@@ -130,6 +132,28 @@ def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
         train(micro_config, rows, tmp_path, steps=None, resume=True)
     with pytest.raises(ValueError, match="step_3.pt holds weights only"):  # as many ranks would read it
         resharding.restore(checkpoints(tmp_path, "general")[0], micro_model, make_optimizer(micro_model))
+    state = load_checkpoint(checkpoints(tmp_path, "general")[0])
+    torch.save({**state, "model": {"head.qweight": torch.zeros(1)}}, buffer := io.BytesIO())
+    checkpoint.write_atomically(str(tmp_path / "awq.pt"), buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    with pytest.raises(ValueError, match="general is quantized and can only answer"):
+        resharding.restore(str(tmp_path / "awq.pt"), micro_model)
+
+
+def test_an_exported_log_gives_the_same_losses(micro_config, micro_tokenizer, tmp_path):
+    """The mean of the last 50 steps, though an export keeps one line in a hundred of those before."""
+    from report import stage_losses
+
+    micro_tokenizer.save(tmp_path)
+    save_checkpoint(str(tmp_path / "general" / "step_1234.pt"), Compass(micro_config), step=1234, stage="general")
+    entries = [{"stage": "general", "step": i, "lm": 9 / (i + 1), "tokens_per_s": 1} for i in range(1234)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    checkpoint.export(tmp_path, tmp_path / "out")
+    kept = read_metrics(tmp_path / "out")
+    assert len(kept) == 13 + 50 - 1  # step 1200 is of both
+    expected = np.mean([entry["lm"] for entry in entries[-50:]])
+    assert stage_losses(entries)[0] == stage_losses(kept)[0] == {"general": pytest.approx(expected)}
+    old = [entry for entry in kept if entry["step"] % 100 == 0]  # an export that has one of these steps
+    assert stage_losses(old)[0] == {"general": entries[1200]["lm"]}
 
 
 def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
@@ -145,9 +169,11 @@ def test_a_stage_goes_on_as_it_was_begun_or_not_at_all(micro_config, rows, tmp_p
     train(micro_config, rows, tmp_path, steps=6)
     twelve = Schedule(12, 1e-3, 1e-4)
 
-    def asked(steps=None, seed=0):
-        return stage_schedule("general", argparse.Namespace(run=str(tmp_path), resume=True, steps=steps, seed=seed), twelve)
+    def asked(steps=None, seed=0, resume=True):
+        return stage_schedule("general", argparse.Namespace(run=str(tmp_path), resume=resume, steps=steps, seed=seed), twelve)
 
+    with pytest.raises(ValueError, match="general already holds checkpoints"):
+        asked(resume=False)
     assert asked() == asked(steps=12)._replace(warmup=0) == twelve
     for other in (dict(steps=20), dict(seed=1)):
         with pytest.raises(ValueError, match="general was begun with 12 steps and seed 0, not"):
@@ -197,7 +223,7 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows,
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     open(newest, "wb").write(b"foreign")
     os.remove(older)
-    with pytest.raises(ValueError, match="holds no intact checkpoint"):
+    with pytest.raises(ValueError, match="holds no intact checkpoint: delete that folder and run `python train.py --run"):
         load_latest(tmp_path, "general")
 
 
