@@ -21,9 +21,9 @@ def exact(output, answer):
     return normalise(output) == normalise(answer)
 
 
-# a minus sign, not behind a word, a bracket or a percentage (that one subtracts or joins); then groups of three digits with or
-# without a fraction, or digits with or without one
-NUMBER = re.compile(r"((?<![\w)%])[-−])?(?:([1-9]\d{0,2}(?:[.,]\d{3})+)(?:[.,](\d{1,2}))?(?!\d)|(\d+(?:[.,]\d+)?))")
+# a minus sign, not behind a word, a bracket or a percentage (that one subtracts or joins), perhaps a currency; then groups of three
+# digits with or without a fraction, or digits with or without one
+NUMBER = re.compile(r"((?<![\w)%])[-−](?:R\$|Rp|RM|[$¥฿₱])?)?(?:([1-9]\d{0,2}(?:[.,]\d{3})+)(?:[.,](\d{1,2}))?(?!\d)|(\d+(?:[.,]\d+)?))")
 
 
 def last_number(text):

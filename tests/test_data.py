@@ -188,7 +188,7 @@ def test_signs_and_fractions_of_numbers():
     score = SCORERS["number"]
     same = [("-5", "it is -5."), ("$1,000.50", "$1000.50"), ("1.000,50", "1000.5"), ("3.1416", "it is 3.1416"), ("0.125", "0,125")]
     same += [("7", "3-7"), ("20", "10%-20%"), ("5", "B-5"), ("5", "(a)-5")]  # from three to seven
-    same += [("-5", "**-5**"), ("-5", "−5"), ("-5", "\\boxed{-5}"), ("-5", "x=-5")]
+    same += [("-5", "-$5"), ("-5", "−Rp5"), ("-5", "-R$5"), ("-5", "**-5**"), ("-5", "−5"), ("-5", "\\boxed{-5}"), ("-5", "x=-5")]
     other = [("-5", "5"), ("5", "-5"), ("$1,000.50", "50"), ("3.1416", "2.1416"), ("1.000,50", "1000"), ("0.125", "125"), ("7", "no")]
     assert all(score(output, answer) for answer, output in same) and not any(score(output, answer) for answer, output in other)
 
