@@ -87,12 +87,15 @@ def test_sampling_equals_a_hand_written_filter():
 
 def test_a_model_in_bf16_answers(micro_model, micro_tokenizer):
     """As load_for_inference makes it on a GPU: few rows take another path through the experts than many."""
+    sampling = Sampling(temperature=0, repetition=1.0, max_tokens=6)
+    exact = generate(micro_model, micro_tokenizer, PROMPTS, sampling)
     for name, p in micro_model.named_parameters():
         p.data = p.data if name.endswith("router.weight") else p.data.to(torch.bfloat16)
-    sampling = Sampling(temperature=0, repetition=1.0, max_tokens=6)
     one, many = (generate(micro_model, micro_tokenizer, PROMPTS * n, sampling) for n in (1, 20))
     assert len(one) == 4 and len(many) == 80
-    assert all(completion.stopped or len(completion.ids) == 6 for completion in one + many)
+    for answers in (one, many[:4], many[-4:]):
+        close = [a.ids[:1] == b.ids[:1] and abs(a.logprobs[0] - b.logprobs[0]) < 0.1 for a, b in zip(answers, exact, strict=True)]
+        assert sum(close) >= 3  # rounding may turn a near tie between two experts
 
 
 def test_limits_and_bad_prompts(micro_model, micro_tokenizer):

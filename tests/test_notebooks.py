@@ -7,6 +7,7 @@
 import ast
 import glob
 import os
+import re
 import sys
 import textwrap
 
@@ -51,11 +52,11 @@ def images(notebook):
 
 def refusal(exercise, solution, check):
     """A cell that gives an exercise wrong answers: the solution's cell, which fills in for None, lets them be, the check refuses them."""
-    tries = []
-    for wrong in ("-7", "0"):
+    tries, example = [], re.findall(r"for example (.+)", exercise.source)  # wrong, but of the right type: the check itself says no
+    for wrong, error in (("-7", "Exception"), ("0", "Exception"), *((answer, "AssertionError") for answer in example)):
         answer = exercise.source.partition("#")[0].replace("None", wrong)
         judged = textwrap.indent(f"{solution.source}\n{check.source}", "    ")
-        tries.append(f"{answer}\ntry:\n{judged}\nexcept Exception:\n    pass\nelse:\n    raise AssertionError({answer!r} + 'was accepted')")
+        tries.append(f"{answer}\ntry:\n{judged}\nexcept {error}:\n    pass\nelse:\n    raise ValueError({answer!r} + 'was accepted')")
     return nbformat.v4.new_code_cell("\n".join([*tries, exercise.source]))
 
 
@@ -71,7 +72,7 @@ def test_runs_from_top_to_bottom_and_refuses_wrong_answers(path, monkeypatch):
         if "exercise" in cell.metadata.get("tags", []):
             fresh.cells.append(refusal(cell, cells[i + 1], cells[i + 2]))
     execute(fresh)
-    assert images(fresh) == images(stored), "the stored outputs are not of this code: python tests/test_notebooks.py writes them"
+    assert images(fresh) == images(stored), "other pictures than the stored ones: python tests/test_notebooks.py writes them"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)

@@ -501,6 +501,17 @@ def test_the_time_of_a_step_by_hand():
         plan.report(argparse.Namespace(config="v2_30b", stage="general", gpus=64, mfu=0.4, imbalance=0.5))
 
 
+def test_the_plan_is_printed_and_a_gap_is_an_error(monkeypatch, capsys):
+    args = argparse.Namespace(config="v2_30b", stage="general", gpus=64, mfu=0.35, imbalance=1.0, rows=None, parallel=None)
+    monkeypatch.setattr(plan, "tracked", plan.formula)
+    plan.report(args)
+    printed = capsys.readouterr().out
+    assert "dp=8, cp=1, ep=8, tp=1, vpp=1: 6 rows" in printed and "a step: 15 micro-steps" in printed and "fragmentation: fits" in printed
+    monkeypatch.setattr(plan, "tracked", lambda *rest: {row: 1.06 * value for row, value in plan.formula(*rest).items()})
+    with pytest.raises(InputError, match=r"tracker and formula are 5.7 % apart, more than 5 %"):
+        plan.report(args)
+
+
 def test_full_sizes_fit_and_what_does_not_gets_advice():
     for name, gpus in (("v2_30b", 64), ("v3_245b", 512)):
         for recipe in RECIPES[name].values():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,28 @@ def test_bradley_terry_by_hand():
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
     assert bradley_terry_loss(chosen, rejected).item() == pytest.approx((math.log1p(math.exp(-1)) + math.log(2)) / 2)
     assert bradley_terry_loss(chosen + 5, rejected + 5).item() == bradley_terry_loss(chosen, rejected).item()
+
+
+def test_the_four_members(monkeypatch):
+    """Two of one epoch, two of two, at two rates and with two shapes, all from the same head; epochs of 20 pairs in steps of 8."""
+    import reward
+
+    rows, fitted = SimpleNamespace(rows=range(20), per_step=8, batch=None), []
+    state = {"config": {"max_seq_len": 64}}
+    for name, stand_in in {
+        "processes_with_whole_rows": lambda args: (torch.device("cpu"), None, None, state), "load_pairs": lambda *_: rows,
+        "model_from": lambda *_: None, "RewardModel": lambda *_: torch.nn.Identity(), "encode_pairs": lambda *_: (),
+        "Pairs": lambda *_: rows, "for_width": lambda schedule, config: schedule, "average_members": lambda *_: None,
+        "load_reward_model": lambda *_: (None, None), "pair_accuracy": lambda *_: 0.5,
+        "fit_stage": lambda model, batch, loss, schedule, stage, *_: fitted.append((stage, schedule)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(reward, name, stand_in)
+    monkeypatch.setattr(torch.nn.Identity, "config", None, raising=False)
+    monkeypatch.setattr("sys.argv", ["reward.py", "--run", "nowhere"])
+    reward.main()
+    assert [(stage, s.steps, s.peak, s.shape) for stage, s in fitted] == [
+        ("reward/1", 3, 3e-4, "cosine"), ("reward/2", 3, 1e-4, "linear"), ("reward/3", 6, 3e-4, "linear"), ("reward/4", 6, 1e-4, "cosine"),
+    ]  # fmt: skip
 
 
 def test_average_of_weights():

@@ -1,8 +1,10 @@
 """sft.py: packing against trl and a bound, masks, curriculum, bad task files."""
 
+import argparse
 import copy
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -13,7 +15,7 @@ import torch
 from compass import CONFIGS
 from data import general as data_general
 from data.preferences import preferences
-from data.tasks import tasks
+from data.tasks import AFTER_DRILLS, LATER, tasks
 from parallel import Layout, Ranks, parallelize
 from reward import Pairs, encode_pairs
 from sft import CAPACITY, FULL, ROWS, Chats, collate, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
@@ -218,6 +220,21 @@ def test_pass_rates_and_the_window(micro_model, micro_tokenizer, monkeypatch, tm
     direct = [{"messages": [{"role": "user", "content": "q"}], "answer": "a"}]
     kept = selected_thoughts("sft2", direct + reasoning, SimpleNamespace(rollouts="a run", seed=0), "cpu")
     assert kept == [*direct, reasoning[1]] and "1 of 3 reasoning tasks too hard, 1 too easy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("before,expected", [("sft1", (LATER, None)), ("drills", (AFTER_DRILLS, math.inf))])
+def test_what_sft2_hears_depends_on_drills(before, expected, monkeypatch, tmp_path):
+    """After drills the mixture and all phrasings of a long training, three tasks a language and step."""
+    import sft
+
+    monkeypatch.setattr(sft, "stage_before", lambda *_: before)
+    monkeypatch.setattr(sft, "load_latest", lambda *_, **__: {})
+    monkeypatch.setattr(sft, "inherit", lambda *_, **__: None)
+    asked = []
+    monkeypatch.setattr(sft, "training", lambda *given: asked.append(given) or [])
+    with pytest.raises(ValueError, match="no task is left"):
+        sft.run_stage("sft2", argparse.Namespace(run=str(tmp_path), data=None, steps=40, seed=7, resume=False, rollouts=None), "cpu", None)
+    assert asked == [(7, 120, *expected)]
 
 
 def test_near_copies_of_test_tasks_are_left_out():

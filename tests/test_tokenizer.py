@@ -1,6 +1,7 @@
 """tokenizer.py against an obviously correct trainer, tiktoken, and bytes that are no text."""
 
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -123,6 +124,14 @@ def test_chat_mask_marks_what_the_assistant_says(tokenizer):
     assert mask == [0] + [1] * (len(ids) - 1)
 
 
+def test_a_users_system_message_stays_before_the_switch(tokenizer):
+    messages = [{"role": "system", "content": "You are Ann."}, {"role": "user", "content": "hi"}]
+    texts = [tokenizer.decode(tokenizer.encode_chat(messages, thinking=thinking)[0]) for thinking in (False, True)]
+    assert all(text.startswith("<|system|> You are Ann.") and text.count("<|system|>") == 1 for text in texts)
+    assert "Think" not in texts[0] and texts[1].index("You are Ann.") < texts[1].index("Think") < texts[1].index("<|user|>")
+    assert messages[0]["content"] == "You are Ann."
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("message", [{"role": "system"}, {"role": "tool", "content": "x"}, {"role": "user", "content": None}])
 def test_a_message_without_role_or_text_is_named(tokenizer, message, thinking):
@@ -167,10 +176,13 @@ def test_a_trained_runs_tokenizer_stays(tokenizer, tmp_path, monkeypatch):
     assert Tokenizer.load(tmp_path).hash != tokenizer.hash
 
 
-def test_the_split_of_the_vocabulary(documents):
-    both = [{"text": text, "lang": lang} for text in documents for lang in ("en", "zh")]
-    sizes = {split: len(train(both, 900, split).ranks) for split in ((150, 20, 50), (60, 20, 20))}
-    assert sizes[60, 20, 20] < sizes[150, 20, 50] <= 900 - len(SPECIAL_TOKENS)
+def test_the_split_of_the_vocabulary(documents, capsys):
+    every = [{"text": text, "lang": lang} for text in documents for lang in ("en", "zh", "nl")]
+    budget = 3000 - len(SPECIAL_TOKENS)
+    for split in ((30, 20, 50), (60, 40, 25)):
+        train(every, 3000, split)
+        said = re.findall(r"sub-tokenizer \w+: (\d+) tokens", capsys.readouterr().out)
+        assert [int(size) for size in said] == [budget * share // 180 for share in split]
     assert parse_split("120/60/50") == (120, 60, 50)
     for wrong in ("1/2", "a/b/c", "150/0/50", "-1/2/3"):
         with pytest.raises(ValueError, match="--split"):
