@@ -1,7 +1,7 @@
 """The report's claims about its mixture of experts, tried on `tiny`: held-out loss, balance and time of siblings trained alike.
 
     shape   fine-grained with and without shared experts, coarse, dense: equal active width (v2 §2.2)
-    losses  aux and z loss on, off and decayed: load entropy (1 is even), busiest expert, size of the router's logits
+    losses  aux and z loss on, off and decayed: load entropy (1 is even), busiest expert, √mean(logsumexp²) of the router's logits
     grid    experts {4, 8, 16, 32} x top-k {1, 2, 4} of the same expert width
     v3      tiny against tiny_v3, few large experts: same total and active size (v3's claim is time)
 
@@ -169,7 +169,7 @@ def tables(results):
     balance = "load entropy", "busiest expert, times even"
     return {
         "shape": table(shape, ["equal active width", "bits per byte", "against tiny", "ms a step", *balance, "flips in bf16, % of tokens"]),
-        "losses": table(losses, ["`tiny` with", "bits per byte against tiny", *balance, "size of the router's logits"]),
+        "losses": table(losses, ["`tiny` with", "bits per byte against tiny", *balance, "√mean logsumexp² of the logits (of zeros: 2.77)"]),
         "grid": table(grid, ["bits per byte, ms a step, busiest expert, flips in %", "top-1", "top-2", "top-4"]),
     }
 

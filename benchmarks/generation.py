@@ -1,7 +1,7 @@
 """Generation on a CPU, each figure beside its peer or its limit from the same run.
 
-    peers        `tiny` without shared experts (transformers' are gated) against transformers' generate, same weights and settings, the best
-                 of its experts and attention implementations: 32 answers to one prompt, 32 prompts, one prompt
+    peers        `tiny` without shared experts (transformers' are gated) against transformers' generate, same weights and settings, the
+                 better of its experts implementations: 32 answers to one prompt, 32 prompts, one prompt
     concurrency  1 to 256 requests at once with the report's shapes of prompt and answer (1200 in 200 out, 1024 in 256 out) at a quarter
     bandwidth    one row of a 310M-parameter model: bytes of active weights a second beside those of a sum over 1.2 GB
     length       the time of a step early and late in a long answer
@@ -146,13 +146,14 @@ def drafting(model, tokenizer, held):
     prompts = [tokenizer.encode(document["text"])[:32] for document in held[::40]][:8]
     engines = {draft: Engine(model, tokenizer, 1, draft=draft) for draft in (False, True)}
     seconds, ids = {False: 0.0, True: 0.0}, {False: [], True: []}
-    for _ in range(3):
+    for turn in range(4):
         for prompt in prompts:
-            for draft, engine in engines.items():
-                request = engine.submit(prompt, GREEDY)
+            for draft in (False, True) if turn % 2 else (True, False):
+                request = engines[draft].submit(prompt, GREEDY)
                 began = time.perf_counter()
-                engine.run()
-                seconds[draft] += time.perf_counter() - began
+                engines[draft].run()
+                if turn:  # the first is for warming up
+                    seconds[draft] += time.perf_counter() - began
                 ids[draft].append(request.ids)
     assert ids[False] == ids[True]
     return {"accepted": engines[True].accepted / engines[True].drafted, "speed-up": seconds[False] / seconds[True]}
@@ -171,7 +172,8 @@ def mtp_run(depth, seed, tokenised, tokenizer, held):
         _train_step(model, optimizer, batch, language_model_loss, lr_at(step, schedule), torch.device("cpu"))
         seconds.append(time.perf_counter() - began)
     model.eval()
-    figures = {"bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values()))), "ms": 1e3 * statistics.median(seconds)}
+    bits = float(np.mean(list(bits_per_byte(model, tokenizer, held).values())))
+    figures = {"threads": torch.get_num_threads(), "bits": bits, "ms": 1e3 * statistics.median(seconds)}
     return figures | (drafting(model, tokenizer, held) if depth else {})
 
 
@@ -252,7 +254,8 @@ def main():
     results = kept("generation")
     for name in parts if args.stage is None else (args.stage,):
         results[name] = parts[name]()
-        results.setdefault("threads", {})[name] = torch.get_num_threads()
+        if name != "mtp":  # its runs say their own
+            results.setdefault("threads", {})[name] = torch.get_num_threads()
         results = keep("generation", results)
     if {"concurrency", "length"} <= results.keys():
         plot(results, os.path.join(RESULTS, "generation.png"))

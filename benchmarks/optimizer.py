@@ -53,7 +53,8 @@ def train(model, batches, loss_fn, steps, schedule):
 
 
 def rows_of(chats, rows):
-    """A step of so many packed rows; Chats itself always takes ROWS."""
+    """A step of so many packed rows; Chats itself takes ROWS, as long as no conversation is wider than a row."""
+    assert chats.units_per_step == ROWS
 
     def at(step):
         whole = chats.batch(step * rows // ROWS)[0]

@@ -6,10 +6,11 @@
     packed        best-fit decreasing into rows, each conversation seeing only itself
 
 All arms train the same model on the same conversations, answers only, about the same number of places a step, and take turns. trl
-trains transformers' Qwen2-MoE of the same sizes, packed by its own best-fit decreasing, under three settings; its best counts.
+trains transformers' Qwen2-MoE of the same sizes, packed by its own best-fit decreasing, in three batch shapes with both of
+transformers' experts implementations; its best counts.
 Then: how full the bins are on three kinds of lengths, beside trl's and the lower bound, and the time for a million lengths.
 
-    python -m benchmarks.packing      # about 3 minutes on two cores
+    python -m benchmarks.packing      # about 4 minutes on two cores
 """
 
 import json
@@ -79,7 +80,7 @@ def our_arms(config, packed, padded):
     return arms
 
 
-def trl_speed(config, samples, rows, accumulate):
+def trl_speed(config, samples, experts, rows, accumulate):
     """Valid tokens per second of trl's SFTTrainer: median over its steps."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -100,7 +101,7 @@ def trl_speed(config, samples, rows, accumulate):
     clock.seconds = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            their_model(config, "grouped_mm", "sdpa"),
+            their_model(config, experts, "sdpa"),
             args=SFTConfig(
                 folder, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate, max_length=CAPACITY, packing=True,
                 max_steps=STEPS, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1000, bf16=False, fp16=False,
@@ -175,9 +176,10 @@ def main():
     results = {
         name: {"valid tokens/s": 1 / statistics.median(seconds[name]), "filled": seen[name][0] / seen[name][1]} for name in arms
     }
-    for rows, accumulate in ((ROWS, 1), (2, ROWS // 2), (1, ROWS)):
-        speed = trl_speed(config, packed.samples, rows, accumulate)
-        results[f"trl, packed, {rows} x {accumulate} rows"] = {"valid tokens/s": speed}
+    for experts in ("eager", "grouped_mm"):
+        for rows, accumulate in ((ROWS, 1), (2, ROWS // 2), (1, ROWS)):
+            speed = trl_speed(config, packed.samples, experts, rows, accumulate)
+            results[f"trl, packed, {rows} x {accumulate} rows, {experts}"] = {"valid tokens/s": speed}
     best = max(figures["valid tokens/s"] for name, figures in results.items() if name.startswith("trl"))
     results["packed against trl"] = results["packed"]["valid tokens/s"] / best
     results["bins"] = bins()

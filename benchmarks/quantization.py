@@ -31,7 +31,7 @@ import torch
 
 import cli
 from benchmarks import RESULTS, keep, kept
-from checkpoint import latest_stage, load_latest, load_model, save_checkpoint
+from checkpoint import checksum, latest_stage, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass
 from data import market
 from data.tasks import fingerprint, tasks, training
@@ -132,7 +132,7 @@ def quality(model, tokenizer, dtype):
     for result in results.values():
         for run in result["runs"]:
             del run["answers"]
-    return {"tasks_hash": fingerprint(test), "tasks": len(test), "arms": results}
+    return {"tasks_hash": fingerprint(test), "tasks": len(test), "arms": results}  # layer errors are those on calibration's tokens
 
 
 def large_models():
@@ -154,26 +154,27 @@ def large_models():
 
 
 def speed():
-    """{"memory": {arm: bytes}, "tokens/s": {arm: {batch: best of ROUNDS}}} of greedy decoding."""
+    """{"memory": {arm: bytes}, "tokens/s": {arm: {batch: rate}}} of greedy decoding: the steps between the least time for one token
+    and the least for NEW more, each of ROUNDS, after a round that does not count."""
     tokenizer, models = Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500)), large_models()
     with torch.no_grad():  # no answer stops early: the stop tokens' logits are 0, never the largest
         for model in models.values():
             model.head.weight[list(tokenizer.special.values())] = 0
-    rates = {name: {batch: [] for batch in BATCHES} for name in models}
+    rates = {name: {} for name in models}
     for batch in BATCHES:
-        prompts = [[1 + row, 7, 9, 300] for row in range(batch)]
-        for _ in range(ROUNDS):
+        prompts, seconds = [[1 + row, 7, 9, 300] for row in range(batch)], defaultdict(list)
+        for turn in range(1 + ROUNDS):
             for name, model in models.items():
-                seconds = []
                 for tokens in (1, 1 + NEW):  # the difference is NEW steps, without the prefill
                     began = time.perf_counter()
                     made = generate(model, tokenizer, prompts, dataclasses.replace(GREEDY, max_tokens=tokens), max_rows=batch)
-                    seconds.append(time.perf_counter() - began)
+                    if turn:
+                        seconds[name, tokens].append(time.perf_counter() - began)
                     assert all(len(completion.ids) == tokens for completion in made)
-                rates[name][batch].append(batch * NEW / (seconds[1] - seconds[0]))
-        print(batch, {name: f"{max(rates[name][batch]):.1f}" for name in models}, flush=True)
-    best = {name: {batch: max(values) for batch, values in by_batch.items()} for name, by_batch in rates.items()}
-    return {"threads": torch.get_num_threads(), "memory": {name: held(model) for name, model in models.items()}, "tokens/s": best}
+        for name in models:
+            rates[name][batch] = batch * NEW / (min(seconds[name, 1 + NEW]) - min(seconds[name, 1]))
+        print(batch, {name: f"{rates[name][batch]:.1f}" for name in models}, flush=True)
+    return {"threads": torch.get_num_threads(), "memory": {name: held(model) for name, model in models.items()}, "tokens/s": rates}
 
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ def with_outliers(model, factor):
 def rare(model, tokenizer):
     """{factor: {arm: {"others", "rare": divergence from FP32 in nats a token, "loss others", "loss rare", "texts", "least"}}}.
 
-    Narrow calibration sees NARROW conversations, none of them in Thai; expert-aware calibration adds what `oversample` takes from 500 more,
+    Narrow calibration sees NARROW conversations, none of them in Thai; expert-aware calibration adds what `oversample` takes from 492 more,
     16 of them in Thai. least: tokens that the rarest expert of a layer saw.
     """
     context, texts = model.config.max_seq_len, training(0, 128)
@@ -289,11 +290,12 @@ def main():
     if args.part in ("all", "quality", "rare"):
         tokenizer, state = Tokenizer.load(args.run), load_latest(args.run, latest_stage(args.run))
         model, dtype = load_model(state).eval(), state["model"]["embedding.weight"].dtype
-        results["checkpoint"] = {"run": args.run, "stage": state["stage"], "step": state["step"]}
+        asked = {"run": args.run, "stage": state["stage"], "step": state["step"], "sha256": checksum(state["path"])}
         if args.part != "rare":
-            results["quality"] = quality(model, tokenizer, dtype)
+            results["quality"] = quality(model, tokenizer, dtype) | {"checkpoint": asked}
         if args.part != "quality":
             results["rare"] = rare(model, tokenizer)
+            results["rare's checkpoint"] = asked
     results = keep("quantization", results)
     plot(results, os.path.join(RESULTS, "quantization.png"))
     print(json.dumps(results, indent=1))

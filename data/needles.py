@@ -14,7 +14,8 @@ from data.market import LANGUAGES, draw_product, ledger_lines, page
 
 
 def needle(tokenizer, lang, rng, length, depth):
-    """(prompt, answer): `length` tokens in all, the needle at `depth` (0 first, 1 last) of the haystack."""
+    """(prompt, answer): `length` tokens in all, the needle at `depth` (0 first, 1 last) of the haystack, to the nearest gap between
+    pages: in a short text, of two or three pages, neighbouring depths may be one place."""
     (line,) = ledger_lines(lang, rng, 1)
     name, answer = line.split(":")
     pages, room = [], length - len(tokenizer.encode(f"{line}\n\n{name}:{answer}"))
