@@ -1,5 +1,6 @@
 """engine.py: requests that come and go are answered as if alone, drafts change nothing, every request ends with a reason."""
 
+import copy
 import dataclasses
 import gc
 import random
@@ -130,6 +131,16 @@ def test_drafting_changes_no_answer(micro_tokenizer, depth, seed):
     drafted, plain = (generate(model, micro_tokenizer, [[1, 2, 3] * 4], GREEDY, draft=draft)[0] for draft in (True, False))
     assert drafted.ids == plain.ids and drafted.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
     assert "".join(stream(model, micro_tokenizer, [1, 2, 3] * 4, GREEDY)) == plain.text
+
+
+def test_a_thinking_budget_holds_while_drafting(micro_tokenizer):
+    """The thought is closed right after its budget, also where that place was drafted and the draft was right."""
+    model, tokenizer, prompt = trained(1, 0), copy.copy(micro_tokenizer), [1, 2, 3] * 4
+    tokenizer.special = {**tokenizer.special, "<think>": generate(model, tokenizer, [prompt], GREEDY)[0].ids[0]}
+    for budget in (0, 1, 2, 5):
+        sampling = dataclasses.replace(GREEDY, max_tokens=12, think_budget=budget)
+        drafted, plain = (generate(model, tokenizer, [prompt], sampling, draft=draft)[0].ids for draft in (True, False))
+        assert drafted == plain and plain.index(tokenizer.special["</think>"]) == 1 + budget
 
 
 def test_filters_equal_transformers():
