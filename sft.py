@@ -152,11 +152,6 @@ def decontaminated(examples, test):
     return [task for i, task in enumerate(examples, len(test)) if clusters.find(i) not in seen]
 
 
-def _rounded(width):
-    """The next number of tokens that context parallelism over up to 8 ranks can cut."""
-    return -(-width // 16) * 16
-
-
 class Chats:
     """Encoded conversations; `batch(step)` is a pure function of (seed, step), above 6 ranks also of their number.
 
@@ -183,7 +178,7 @@ class Chats:
             if DOMAINS.index(name) not in self.domains:
                 raise InputError(f'no conversation is of the domain {name}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
-        self.capacity = max(CAPACITY, _rounded(max(lengths)))
+        self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # what up to eight cp ranks can cut
         self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed), ranks)
         places = self.capacity * len(self.units)
@@ -203,8 +198,9 @@ class Chats:
                 random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
             chosen.append(self.units[self.order[place]])
         rows = chosen if self.packed else [[i] for i in chosen[0]]
-        # every rank makes the whole batch before it takes its rows, so all have one width without asking each other
-        width = self.capacity if self.packed else _rounded(max(len(self.samples[i][0]) for i in chosen[0]))
+        # every rank makes the whole batch before it takes its rows, so all have one width without asking each other; up to four cp
+        # ranks can cut it
+        width = self.capacity if self.packed else -(-max(len(self.samples[i][0]) for i in chosen[0]) // 8) * 8
         batch = assemble([[self.samples[i] for i in members] for members in rows], width)
         most = max(map(len, rows))
         domain_of_doc = torch.tensor([[self.domains[i] for i in members] + [0] * (most - len(members)) for members in rows])

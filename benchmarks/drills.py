@@ -57,10 +57,10 @@ def never_an_answer(tokenizer, without=()):
 
 
 def tables(results):
-    rows = [[stage, *(f"{100 * results[stage][kind]:.0f}" for kind in KINDS)] for stage in STAGES]
+    rows = [[stage, *(f"{100 * share:.0f}" for share in results[stage].values())] for stage in STAGES]
     never = [[arm, f"{n:,}"] for arm, n in results["never"].items()]
     return {
-        "kinds": table(rows, ["right answers, %", *KINDS]),
+        "kinds": table(rows, ["right answers, %", *results[STAGES[0]]]),
         "never": table(never, ["conversations trained on", f"of {results['tokens']:,} tokens never in an answer"]),
     }
 

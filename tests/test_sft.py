@@ -147,7 +147,7 @@ def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer):
         (batch,) = chats.batch(step)
         valid = batch["doc_ids"] >= 0
         longest = valid.sum(1).max().item()
-        assert batch["tokens"].shape[1] == -(-longest // 16) * 16 and valid.numel() <= CAPACITY * ROWS + 16 * len(valid)
+        assert batch["tokens"].shape[1] == -(-longest // 8) * 8 and valid.numel() <= CAPACITY * ROWS + 8 * len(valid)
         seen += int(valid.sum())
     assert seen == sum(len(ids) for ids, _ in chats.samples)
 
