@@ -61,7 +61,7 @@ def test_a_users_own_tasks(demo, script, tmp_path):
     result = script("evaluate.py", "--run", run, "--tasks", path, "--samples", 2)
     assert result.returncode == 0 and "| sums/easy | 0.0 |" in result.stdout and "| mean@1 | majority@2 | pass@2 |" in result.stdout
     path.write_text("{")
-    for command in (("evaluate.py", "--run", run, "--tasks", path), ("sft.py", "--run", run, "--data", path, "--stage", "sft2")):
+    for command in (("evaluate.py", "--run", run, "--tasks", path), ("sft.py", "--run", run, "--data", path, "--stage", "drills")):
         result = script(*command)
         assert result.returncode == 2 and f"{path}:1: malformed JSON" in result.stderr
 
