@@ -177,6 +177,14 @@ def checkpoints(run, stage):
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
+def begun(run, stage, resume):
+    """Whether a stage has checkpoints to go on from. Raises InputError where it has and is not to be resumed."""
+    found = bool(checkpoints(run, stage))
+    if found and not resume:
+        raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
+    return found
+
+
 def load_latest(run, stage, device="cpu", weights=True):
     """The newest intact checkpoint of a stage, with its "path"; torn ones are named and passed over."""
     paths = checkpoints(run, stage)

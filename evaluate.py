@@ -284,10 +284,10 @@ def evaluate_stages(run, device, test, documents, samples):
         ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
         report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
         report["accuracy"][stage] = accuracy(test, [answer for _, answer in ask(test, thinking=thinks)])
-        if plain or stage == stages[-1]:  # a chat's roles take a few tokens of the context
+        if plain or stage == last:  # a chat's roles take a few tokens of the context
             lengths = [model.config.max_seq_len // 2**i - 8 for i in (3, 2, 1, 0)]
             report["retrieval"][stage] = retrieval(model, tokenizer, lengths, chat=not plain)
-        if not plain and stage == stages[-1]:
+        if not plain and stage == last:
             cut = ask([without_text(task) for task in test], thinking=thinks)
             report["accuracy"]["without text"] = accuracy(test, [answer for _, answer in cut])
             report["thinking"] = thinking_switch(test, ask)

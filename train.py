@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import changed_fields, checkpoints, inherit, load_latest, load_model, prune, refuse_another, rewind_metrics, save_checkpoint
+from checkpoint import begun, changed_fields, inherit, load_latest, load_model, prune, refuse_another, rewind_metrics, save_checkpoint
 from cli import InputError
 from compass import CONFIGS, Compass, CompassConfig, config_named
 from data import reader
@@ -207,9 +207,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     ranks, device, optimizer, start = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
     if ranks.several:
         import resharding  # takes a second, which a single process need not wait for
-    if checkpoints(run, stage):
-        if not resume:
-            raise InputError(f"{run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
+    if begun(run, stage, resume):
         state = load_latest(run, stage, weights=not ranks.several)
         refuse_another(state, model, tokenizer_hash)
         if ranks.several:
@@ -304,14 +302,12 @@ def stage_schedule(stage, args, schedule):
     """
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
-    if checkpoints(args.run, stage):
-        if not args.resume:
-            raise InputError(f"{args.run}/{stage} already holds checkpoints: pass --resume to go on, or another --run")
+    if begun(args.run, stage, args.resume):
         state = load_latest(args.run, stage, weights=False)
-        begun = state.get("planned") or schedule.steps, state["seed"]  # exports do not know what was planned
-        if begun != (schedule.steps, args.seed):
+        steps, seed = state.get("planned") or schedule.steps, state["seed"]  # exports do not know what was planned
+        if (steps, seed) != (schedule.steps, args.seed):
             raise InputError(
-                f"{args.run}/{stage} was begun with {begun[0]} steps and seed {begun[1]}, not {schedule.steps} and {args.seed}: "
+                f"{args.run}/{stage} was begun with {steps} steps and seed {seed}, not {schedule.steps} and {args.seed}: "
                 f"say --steps and --seed as then, or name another --run"
             )
         if state["step"] >= schedule.steps:

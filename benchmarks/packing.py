@@ -10,7 +10,7 @@ trains transformers' Qwen2-MoE of the same sizes, packed by its own best-fit dec
 transformers' experts implementations; its best counts.
 Then: how full the bins are on three kinds of lengths, beside trl's and the lower bound, and the time for a million lengths.
 
-    python -m benchmarks.packing      # about 4 minutes on two cores
+    python -m benchmarks.packing      # about 2 minutes on two cores
 """
 
 import json
