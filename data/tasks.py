@@ -315,6 +315,12 @@ def number_pairs(lang, rng, split, n=8):
     return asked_aloud(steps)
 
 
+def differences(lang, rng, split, turns=6):
+    """Two digits minus one, as a voucher takes it off; the steps are the answer."""
+    pairs = [(rng.randint(11, 99), rng.randint(2, 9)) for _ in range(turns)]
+    return drill([(f"{a} - {b}", market.steps_difference(a, b)) for a, b in pairs])
+
+
 def shelf(lang, rng, split, turns=5):
     """Two pages and many questions: one for the cheaper product, the others name the product, which may be a third, unknown one."""
     products, text = general.shelf(lang, rng, split)
@@ -331,6 +337,7 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "functions": functions,
     "word_pairs": word_pairs,
     "number_pairs": number_pairs,
+    "differences": differences,
     "shelf": shelf,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
@@ -350,12 +357,12 @@ PAIRS = {"word_pairs": 55, "number_pairs": 45}
 # then all that has a thought, always with it; sft2 keeps that up
 DRILLS = {
     "recital": 8, "functions": 2, "word_pairs": 8, "number_pairs": 10, "matching": 12, "similarity": 12, "recommendation": 10,
-    "retrieval": 12, "questioning": 12, "platform": 6, "mathematics": 6, "numerical_reasoning": 6, "reasoning": 6,
+    "retrieval": 12, "questioning": 12, "platform": 6, "mathematics": 6, "numerical_reasoning": 6, "reasoning": 8, "differences": 4,
 }  # fmt: skip
 AFTER_DRILLS = {
     **FIRST, "page": 10, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5, "recommendation": 4,
     "word_pairs": 3, "number_pairs": 3, "echo": 2, "recital": 8, "functions": 2, "coding": 3, "shelf": 6, "retrieval": 5, "safety": 4,
-    "knowledge": 6,
+    "knowledge": 6, "reasoning": 6, "differences": 3,
 }  # fmt: skip
 
 

@@ -241,11 +241,13 @@ def test_each_equation_of_a_thought_is_right():
 def test_the_thought_of_an_order_restates_its_lines():
     for task in tasks("test", 3, 40):
         if task["task"] == "reasoning":
-            *pairs, order = re.sub("[.。]$", "", task["think"]).split(", ")
-            x, y, z = order.split(" > ")
-            assert sorted(pairs) == sorted([f"{x} > {y}", f"{y} > {z}"]) and task["answer"] in (x, z)
+            end, steps = re.sub("[.。]$", "", task["think"]).split(": ")
+            *pairs, order = steps.split(", ")
+            sign = {"min": " < ", "max": " > "}[end]
+            first, second, third = order.split(sign)
+            assert sorted(pairs) == sorted([f"{first}{sign}{second}", f"{second}{sign}{third}"]) and task["answer"] == first
             lines = text_of(task).split("\n")
-            assert all(name in line for pair, line in zip(pairs, lines[:2], strict=True) for name in pair.split(" > "))
+            assert all(name in line for pair, line in zip(pairs, lines[:2], strict=True) for name in pair.split(sign))
 
 
 def test_thoughts_lead_to_their_answers():
