@@ -244,10 +244,11 @@ def test_near_copies_of_test_tasks_are_left_out():
     assert decontaminated([*train, planted], test) == train
 
 
-def test_nothing_but_near_copies_is_said(script, tmp_path):
+@pytest.mark.parametrize("stage", ["drills", "sft2"])
+def test_nothing_but_near_copies_is_said(stage, script, tmp_path):
     shutil.copytree("checkpoints/tiny", tmp_path / "run")
     os.rename(tmp_path / "run" / "sft2", tmp_path / "run" / "sft1")
     copy = next(task for task in tasks("test", 0, 1) if "think" in task)
     (tmp_path / "tasks.jsonl").write_text(json.dumps(copy))
-    result = script("sft.py", "--run", tmp_path / "run", "--stage", "sft2", "--data", tmp_path / "tasks.jsonl", "--steps", "1")
-    assert result.returncode == 2 and result.stderr == "sft.py: error: sft2: no task is left to train on\n", result.stderr
+    result = script("sft.py", "--run", tmp_path / "run", "--stage", stage, "--data", tmp_path / "tasks.jsonl", "--steps", "1")
+    assert result.returncode == 2 and result.stderr == f"sft.py: error: {stage}: no task is left to train on\n", result.stderr
