@@ -103,22 +103,25 @@ def where_weight_goes(model, pairs):
     return {"differing": float(np.mean(apart)), "matched": float(np.mean(same)), "largest over smallest": float(np.mean(ratio))}
 
 
+def draw_pair(axis, tokenizer, ids, weights, alone):
+    """The tokens of a pair as `weights_of` gives them, each as dark as its weight, those that stand alone framed in red."""
+    low, high = min(map(min, weights)), max(map(max, weights))
+    for row, (side, w, lone) in enumerate(zip(ids, weights, alone, strict=True)):
+        for x, (token, value, other) in enumerate(zip(side, w, lone, strict=True)):
+            shade = plt.cm.YlGn(0.05 + 0.55 * (value - low) / max(1e-9, high - low))
+            axis.add_patch(plt.Rectangle((x, -row), 0.92, 0.8, fc=shade, ec="tab:red" if other else "none", lw=2))
+            axis.text(x + 0.46, 0.5 - row, tokenizer.decode([token]).strip() or "␣", ha="center", va="center", fontsize=8)
+            axis.text(x + 0.46, 0.17 - row, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    axis.set(xlim=(0, max(map(len, ids))), ylim=(-1.1, 0.9), xticks=[])
+    axis.set_yticks([0.4, -0.6], ["chosen", "rejected"])
+
+
 def picture(model, tokenizer, groups, path):
-    """The tokens of the first English pair of each kind, each as dark as its weight."""
+    """The first English pair of each kind."""
     figure, axes = plt.subplots(len(groups), 1, figsize=(13, 2.4 * len(groups)))
     for axis, (kind, pairs) in zip(axes, groups.items(), strict=True):
-        ids, weights, alone = weights_of(model, pairs, 0)
-        low, high = min(map(min, weights)), max(map(max, weights))
-        for row, (side, w, lone) in enumerate(zip(ids, weights, alone, strict=True)):
-            for x, (token, value, other) in enumerate(zip(side, w, lone, strict=True)):
-                shade = 0.05 + 0.55 * (value - low) / max(1e-9, high - low)
-                axis.add_patch(plt.Rectangle((x, -row), 0.95, 0.8, color=plt.cm.YlGn(shade), ec="tab:red" if other else "none", lw=2))
-                axis.text(x + 0.47, 0.48 - row, tokenizer.decode([token]).strip() or "␣", ha="center", va="center", fontsize=8)
-                axis.text(x + 0.47, 0.16 - row, f"{value:.2f}", ha="center", va="center", fontsize=7)
-        axis.set(xlim=(0, max(map(len, ids))), ylim=(-1.1, 1), yticks=[0.4, -0.6])
+        draw_pair(axis, tokenizer, *weights_of(model, pairs, 0))
         axis.set_title(f"a {kind} pair; red: no partner in the other answer")
-        axis.set_yticklabels(["chosen", "rejected"])
-        axis.set_xticks([])
     save(figure, path)
 
 
