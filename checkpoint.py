@@ -185,6 +185,12 @@ def begun(run, stage, resume):
     return found
 
 
+def refuse_occupied(folder):
+    """Raise InputError where a folder to be written is a run of its own, whose tokenizer and log would be lost."""
+    if held := [stage for stage in STAGES if checkpoints(folder, stage)]:
+        raise InputError(f"{folder} already holds a checkpoint of {held[-1]}: name another folder, or delete it")
+
+
 def load_latest(run, stage, device="cpu", weights=True):
     """The newest intact checkpoint of a stage, with its "path"; torn ones are named and passed over."""
     paths = checkpoints(run, stage)
@@ -302,8 +308,7 @@ def export(run, folder):
     """
     stage = latest_stage(run)
     state = load_latest(run, stage)
-    if checkpoints(folder, stage):
-        raise InputError(f"{folder}/{stage} already holds a checkpoint: name another folder, or delete it")
+    refuse_occupied(folder)
     model = load_model(state).to(torch.bfloat16)
     os.makedirs(folder, exist_ok=True)
     for name in sorted(os.listdir(run)):

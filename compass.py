@@ -135,7 +135,7 @@ def attend_by_document(q_BHTC, k_BGTC, v_BGTC, lengths):
 class OneRank:
     """What the model and the training loop ask of the other ranks, answered for a single process; parallel.Ranks answers for many."""
 
-    index, count = 0, 1  # which of how many parts of the batch's rows this rank reads
+    count = 1  # parts that a batch's rows are cut into
     several = False
     writes = True  # this rank writes log and bar
 

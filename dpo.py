@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import inherit, load_latest, load_model
+from checkpoint import checkpoints, inherit, load_latest, load_model
 from cli import InputError
 from data.scorers import SCORERS
 from data.tasks import tasks
@@ -112,7 +112,7 @@ def add_reference(pairs, model, rows=32):
 
 
 def preference_metrics(logp_BT, batch, chosen_B, rejected_B):
-    """What to watch: rewards, margin, accuracy, the chosen answers' drift in nats a token, and the distance from the reference.
+    """What to watch: rewards, margin, accuracy, the chosen answers' drift and the distance from the reference, both in nats a token.
 
     kl is the KL's second-order term on the pairs' own tokens. Estimators for sampled tokens would explode on rejected answers, which
     are to become unlikely.
@@ -122,8 +122,8 @@ def preference_metrics(logp_BT, batch, chosen_B, rejected_B):
     return {
         "rewards_chosen": chosen_B.mean(), "rewards_rejected": rejected_B.mean(), "margin": (chosen_B - rejected_B).mean(),
         "accuracy": (chosen_B > rejected_B).float().mean(), "logp_chosen": (logp_BT.chunk(2)[0].sum(1)).mean().detach(),
-        "chosen_drift": gain_BT.chunk(2)[0].sum() / chosen_mask.sum(),
-        "kl": gain_BT.square().sum() / (2 * mask_BT.sum()),
+        "chosen_drift": (gain_BT.chunk(2)[0].sum(1) / chosen_mask.sum(1)).mean(),
+        "kl": (gain_BT.square().sum(1) / (2 * mask_BT.sum(1))).mean(),
     }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
 
     judge(task, answers) -> rewards of the answers' texts, without thoughts. Which two make a pair is `select_pair`'s rule. Answers that
     never ended are left out. off_policy takes the task's own answer as the chosen one (v3's mixed-policy data): then only
-    the rejected one is sampled, also where all are wrong.
+    the rejected one is sampled, the best of the wrong ones, also where all are wrong.
     """
     n, end, rows, left_out = len(completions) // len(examples), tokenizer.special["<|end|>"], [], Counter()
     for i, (task, prompt) in enumerate(zip(examples, prompts, strict=True)):
@@ -173,7 +173,7 @@ def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
             if off_policy:  # above all others, and right
                 ids, _ = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
                 answers, scores, right = [tuple(ids[len(prompt) : -1]), *answers], [math.inf, *scores], [True, *right]
-            pair = select_pair(answers, scores, None if task["scorer"] in OPEN else right)
+            pair = select_pair(answers, scores, None if task["scorer"] in OPEN and not off_policy else right)
         if pair is None:
             verdict = "unfinished" if not ended else "right" if all(right) else "alike" if any(right) else "wrong"
             left_out[f"prompts with all answers {verdict}"] += 1
@@ -202,6 +202,8 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
     if getattr(args, "data", None):
         raise InputError(f"--data {args.data} with --rounds: rounds make their pairs from the run's own answers; leave one of the two out")
     names = [*(f"{stage}/{turn}" for turn in range(1, args.rounds)), stage]
+    if checkpoints(args.run, stage) and not all(checkpoints(args.run, name) for name in names):
+        raise InputError(f"{args.run}/{stage} was begun with fewer rounds than {args.rounds}: give as many, or another --run")
     if stage_schedule(stage, args, schedule) is None:  # the last round bears the stage's name
         return
     reference, model = load_model(state, device).eval(), load_model(state, device)

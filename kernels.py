@@ -52,9 +52,7 @@ def sort_by_expert(expert_index_NK, num_experts):
     """
     flat_R = expert_index_NK.reshape(-1)
     order_R = torch.argsort(flat_R, stable=True)
-    row_of_R = inverse(order_R)
-    counts_E = count_assignments(flat_R, num_experts)
-    return order_R, row_of_R.view_as(expert_index_NK), counts_E
+    return order_R, inverse(order_R).view_as(expert_index_NK), count_assignments(flat_R, num_experts)
 
 
 def permute_reference(x_ND, expert_index_NK, num_experts):
@@ -422,14 +420,14 @@ def fp8_grouped_matmul(x_RD, weight_fp8, weight_scale, counts_E):
 
 
 def int4_matmul(x, qweight, scales, zeros):
-    """x (..., in) times the transpose of an int4 weight (out, in / 2) with scales and zeros (out, in / group) -> (..., out)."""
+    """x (N, ..., in) times the transpose of an int4 weight (out, in / 2) with scales and zeros (out, in / group) -> (N, ..., out)."""
     rows = x.reshape(-1, x.shape[-1])
     counts = torch.full((1,), len(rows), device=x.device)
     return int4_grouped_matmul(rows, qweight[None], scales[None], zeros[None], counts).unflatten(0, x.shape[:-1])
 
 
 def fp8_matmul(x, weight_fp8, weight_scale):
-    """x (..., in) times the transpose of an fp8 weight (out, in) with one scale a row (out,) -> (..., out)."""
+    """x (N, ..., in) times the transpose of an fp8 weight (out, in) with one scale a row (out,) -> (N, ..., out)."""
     rows = x.reshape(-1, x.shape[-1])
     counts = torch.full((1,), len(rows), device=x.device)
     return fp8_grouped_matmul(rows, weight_fp8[None], weight_scale[None], counts).unflatten(0, x.shape[:-1])

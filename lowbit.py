@@ -68,7 +68,7 @@ def bf16_product(x_RD, weight_FD):
 
 
 class LowBitLinear(nn.Module):
-    """E quantized matrices. forward: x (R, D) sorted by expert with counts_E -> (R, F); without counts, where E is 1, any (..., D).
+    """E quantized matrices. forward: x (R, D) sorted by expert with counts_E -> (R, F); without counts, where E is 1, any (N, ..., D).
 
     input_scale (E, D) bf16 multiplies each expert's rows first; None scales nothing.
     """

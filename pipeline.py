@@ -84,12 +84,11 @@ class Pipeline(nn.Module):
 
     def __init__(self, config, ranks):
         super().__init__()
-        pp, vpp = ranks.layout.pp, ranks.layout.vpp
         self.config, self.ranks, self.router_scale, self.mtp_scale = config, ranks, 1.0, 1.0
-        runs, count = np.array_split(range(config.n_layers), pp * vpp), pp * vpp
-        self.indices = range(ranks.mesh.get_local_rank("pp"), count, pp)
-        self.count = count
-        self.stages = nn.ModuleList(Stage(config, runs[i].tolist(), i == 0, i == count - 1) for i in self.indices)
+        pp, self.count = ranks.layout.pp, ranks.layout.pp * ranks.layout.vpp
+        runs = np.array_split(range(config.n_layers), self.count)
+        self.indices = range(ranks.mesh.get_local_rank("pp"), self.count, pp)
+        self.stages = nn.ModuleList(Stage(config, runs[i].tolist(), i == 0, i == self.count - 1) for i in self.indices)
 
     def named_parameters(self, *args, **kwargs):
         for stage in self.stages:

@@ -187,12 +187,13 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     calibration: token batches (B, T), int64, without padding; the model runs on them in full precision, layer by layer. method: "awq",
     "rtn" (int4, no search), "fp8" (W8A8, smoothed) or "fp8-naive" (no smoothing). A report entry: layer, matrix, expert ("0", "1", …
     "shared", or None: attention), tokens seen, rows calibrated on, alpha, relative output errors before (rounding alone) and after the
-    search. Raises InputError on an unknown method, a group below 1, no batches, or a token outside the vocabulary.
+    search. Raises InputError on an unknown method, a group that is no power of two from 32 on, no batches, or a token outside the
+    vocabulary.
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    if group < 1:
-        raise InputError(f"groups of {group} inputs: must be at least 1")
+    if group < 32 or group & (group - 1):
+        raise InputError(f"groups of {group} inputs: must be a power of two and at least 32, which the kernels take")
     if not calibration:
         raise InputError("no calibration batches: the quantizer must see some tokens")
     for i, tokens_BT in enumerate(calibration):
@@ -235,20 +236,20 @@ def oversample(model, pool, first=FIRST, minimum=MINIMUM):
 def calibration_pool(tokenizer, data, context, seed, n=POOL):
     """n batches (1, T): documents and training conversations (thoughts included) in turn; with a folder `data`, n of its documents
     (all of them are read)."""
-    documents, rng = [], random.Random(seed)
+    documents, rng, wanted = [], random.Random(seed), n if data else n // 2
     for i, document in enumerate(reader.documents(data, "general", seed)):
-        if i < n:
+        if i < wanted:
             documents.append(document["text"])
         elif data is None:  # the marketplace takes its languages in turn
             break
-        elif (place := rng.randrange(i + 1)) < n:  # a folder's files come one after the other: n documents out of all, each as likely
+        elif (place := rng.randrange(i + 1)) < wanted:  # a folder's files come one after the other: n documents out of all, each as likely
             documents[place] = document["text"]
     ids = [tokenizer.encode(text) for text in documents]
     if data is None:
         tasks = training(seed, -(-n // 16))
         random.Random(seed).shuffle(tasks)
         chats = [tokenizer.encode_chat(chat_of(task, "think" in task), "think" in task)[0] for task in tasks[: n // 2]]
-        ids = [sample for pair in zip(ids[: n // 2], chats, strict=False) for sample in pair]
+        ids = [sample for pair in zip(ids, chats, strict=False) for sample in pair]
     return [torch.tensor([sample[:context]]) for sample in ids if len(sample) > 1]
 
 
@@ -270,7 +271,7 @@ def main():
         stage=dict(default=None, help="stage to quantize (default: the run's last)"),
         data=dict(help="folder of .txt/.jsonl to calibrate on (default: training conversations and documents of the embedded marketplace)"),
         method=dict(default="awq", choices=METHODS, help="awq and rtn: int4; fp8 and fp8-naive: W8A8"),
-        group=dict(type=int, default=GROUP, help="inputs that share an int4 scale (narrower layers: what divides them)"),
+        group=dict(type=int, default=GROUP, help="inputs that share an int4 scale, a power of two (narrower layers: what divides them)"),
         out=dict(help="run folder to write (default: <run>-<method>)"),
     )  # fmt: skip
     device, tokenizer, out = cli.pick_device(args.device), Tokenizer.load(args.run), args.out or f"{args.run.rstrip('/')}-{args.method}"
@@ -278,8 +279,7 @@ def main():
     state = checkpoint.load_latest(args.run, stage)
     checkpoint.inherit(state, tokenizer)
     path = os.path.join(out, stage, f"step_{state['step']}.pt")
-    if checkpoint.checkpoints(out, stage):
-        raise InputError(f"{out}/{stage} already holds a checkpoint: name another folder with --out, or delete it")
+    checkpoint.refuse_occupied(out)
     model = checkpoint.load_model(state, device).eval()
     pool = calibration_pool(tokenizer, args.data, model.config.max_seq_len, args.seed)
     if not pool:

@@ -56,8 +56,7 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, tokenizer_has
     dist.all_gather_object(found, (files, steps))
     if dist.get_rank() == 0:
         files, steps = ({key: value for part in found for key, value in part[i].items()} for i in range(2))
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        by_decay = {g["weight_decay"]: g for g in settings}
+        by_decay = {g["weight_decay"]: {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups}
         manifest = {
             "config": dataclasses.asdict(model.config), "step": step, "planned": planned, "stage": stage,
             "tokenizer_hash": tokenizer_hash, "seed": seed,

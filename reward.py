@@ -119,7 +119,7 @@ class Pairs:
         self.seed, self.left_out, self.epoch, self.per_step = seed, Counter(left_out), None, max(PAIRS, ranks)
         if len(self.rows) < len(rows):
             self.left_out[f"longer than the context of {context}"] = len(rows) - len(self.rows)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items()) or "none"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items() if count) or "none"
         print(f"{len(self.rows):,} pairs; left out: {reasons}")
         if not self.rows:
             raise InputError("no pair is left to train on")

@@ -175,11 +175,11 @@ def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
     assert all(ids[: len(prompt)] == prompt for prompt, row in zip((prompts[0], prompts[3]), rows, strict=True) for ids, _ in row)
     mixed, left_out = label(t, examples, prompts, flat, lambda task, answers: [worth[answer] for answer in answers], off_policy=True)
     assert left_out == {"unfinished or empty answers": 3, "prompts with all answers right": 1}  # the task's answer goes with wrong ones
-    (thought, wrong), (red, green), (soft_red, blue) = mixed
-    assert t.decode(thought[0]).endswith("<think> 3 + 4</think> 7<|end|>") and wrong == rows[0][1] and blue == rows[1][1]
+    (thought, wrong), (red, green), (soft_red, wrong_red) = mixed
+    assert t.decode(thought[0]).endswith("<think> 3 + 4</think> 7<|end|>") and wrong == rows[0][1]
     assert sum(thought[1]) == len(t.encode(" 3 + 4")) + len(t.encode(" 7")) + 3
-    endings = [t.decode(ids[sum(m == 0 for m in mask) :]) for ids, mask in (red, green, soft_red)]
-    assert endings == [" red<|end|>", " green<|end|>", " soft red<|end|>"]
+    endings = [t.decode(ids[sum(m == 0 for m in mask) :]) for ids, mask in (red, green, soft_red, wrong_red)]
+    assert endings == [" red<|end|>", " green<|end|>", " soft red<|end|>", " red<|end|>"]  # the best of the wrong ones
     nothing = [completion(t, "", False)] * 4
     assert label(t, examples[:1], prompts[:1], nothing, None)[1]["prompts with all answers unfinished"] == 1
 
@@ -239,11 +239,11 @@ def test_a_few_steps_prefer_the_chosen(micro_model, micro_tokenizer, objective):
 
 
 def test_kl_by_hand():
-    """Half the mean square of the gain: second order of the KL, and finite however unlikely a rejected answer becomes."""
+    """Half the mean square of an answer's gain: second order of the KL, and finite however unlikely a rejected answer becomes."""
     logp = torch.tensor([[0.0, -1.0, -2.0], [0.0, -900.0, 0.0]])
     batch = {"mask": torch.tensor([[0.0, 1, 1], [0, 1, 0]]), "reference": torch.tensor([[0.0, -1.5, -2.0], [0.0, 0.0, 0.0]])}
     metrics = preference_metrics(logp, batch, torch.ones(1), torch.zeros(1))
-    assert metrics["kl"].item() == pytest.approx((0.5**2 + 900**2) / 6)
+    assert metrics["kl"].item() == pytest.approx((0.5**2 / 4 + 900**2 / 2) / 2)
     assert metrics["chosen_drift"].item() == pytest.approx(0.5 / 2) and metrics["logp_chosen"].item() == pytest.approx(-3)
 
 
@@ -253,19 +253,21 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     common = dict(tokenizer_hash=micro_tokenizer.hash, step=1)
     save_checkpoint(str(tmp_path / "sft2" / "step_1.pt"), micro_model, stage="sft2", **common)
     save_checkpoint(str(tmp_path / "reward" / "step_1.pt"), RewardModel(micro_model), stage="reward", **common)
-    starts = []
+    starts, seeds = [], []
 
     def sampled(model, tokenizer, examples, n, seed):
         starts.append(model.head.weight.detach().clone())
+        seeds.append(seed)
         prompts = [tokenizer.encode_chat(task["messages"])[0] for task in examples]
         return prompts, [completion(tokenizer, text) for task in examples for text in (task["answer"], "wrong")]
 
     monkeypatch.setattr("dpo.sample_answers", sampled)
     made = [{"messages": [{"role": "user", "content": f"{i}?"}], "answer": str(i), "scorer": "number"} for i in range(9)]
-    monkeypatch.setattr("dpo.tasks", lambda *_: made)
+    monkeypatch.setattr("dpo.tasks", lambda split, seed, per_task: seeds.append((split, seed)) or made)
     args = argparse.Namespace(run=str(tmp_path), device="cpu", seed=0, steps=4, resume=False, rounds=2, parallel=None)
     online("dpo", dpo_objective(0.1), args, schedule=ROUND._replace(peak=1e-3))
     assert torch.equal(starts[0], micro_model.head.weight) and not torch.equal(starts[1], starts[0])
+    assert len(set(seeds)) == len(seeds) == 4  # each round has prompts and samples of its own
     first, second = load_latest(str(tmp_path), "dpo/1")["model"], load_latest(str(tmp_path), "dpo")["model"]
     assert torch.equal(first["head.weight"], starts[1]) and not torch.equal(second["head.weight"], starts[1])
     logged = [entry for entry in read_metrics(str(tmp_path)) if entry["stage"].startswith("dpo")]
@@ -273,7 +275,10 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and logged[4]["kl"] > 1e-6  # round 2 is measured against the reference
     online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), "resume": True}))
     assert len(starts) == 2 and capsys.readouterr().out.count("already finished") == 1
-    for changes, message in (({}, "dpo already holds checkpoints"), ({"data": "mine.jsonl"}, "--data mine.jsonl with --rounds")):
+    for changes, message in (
+        ({}, "dpo already holds checkpoints"), ({"data": "mine.jsonl"}, "--data mine.jsonl with --rounds"),
+        ({"resume": True, "rounds": 3}, "dpo was begun with fewer rounds than 3"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), **changes}))
     assert len(starts) == 2  # nothing was sampled in vain

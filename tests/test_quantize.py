@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import sys
 
 import pytest
@@ -371,8 +372,9 @@ def test_bad_input_is_named():
         quantize_fp8(torch.full((2, 64), float("inf")))
     with pytest.raises(ValueError, match="'gptq' is not one of awq"):
         quantize_model(model(), batches(0), "gptq")
-    with pytest.raises(ValueError, match="groups of 0 inputs"):
-        quantize_model(model(), batches(0), "awq", group=0)
+    for group in (0, 16, 96):
+        with pytest.raises(ValueError, match=f"groups of {group} inputs: must be a power of two and at least 32"):
+            quantize_model(model(), batches(0), "awq", group=group)
     with pytest.raises(ValueError, match="no calibration batches"):
         quantize_model(model(), [])
     with pytest.raises(ValueError, match="calibration batch 1: need .* 0..511"):
@@ -408,6 +410,11 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     assert summary["method"] == "awq" and min(entry["tokens"] for entry in summary["matrices"]) >= summary["minimum"]
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         command("--run", run)
+    other = str(tmp_path / "other")
+    save_checkpoint(f"{other}/long/step_1.pt", halved)
+    with pytest.raises(ValueError, match="other already holds a checkpoint of long"):  # whose tokenizer would be lost
+        command("--run", run, "--out", other)
+    assert os.listdir(other) == ["long"]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "en.jsonl").write_text(json.dumps({"text": "a"}))
     with pytest.raises(ValueError, match="texts: no text of two tokens or more to calibrate on"):

@@ -95,6 +95,17 @@ def test_a_reward_model_learns_and_looks_at_the_last_token(micro_model, micro_to
     assert (chosen_B - rejected_B).mean() > 0
 
 
+def test_every_epoch_takes_each_pair_once_in_another_order():
+    def batches(seed):
+        pairs = Pairs([[([i], [1])] * 2 for i in range(20)], {}, 64, seed)
+        return lambda step: pairs.batch(step)[0]["tokens"].chunk(2)[0].flatten().tolist()
+
+    ours, other = batches(0), batches(1)
+    taken = [i for step in range(5) for i in ours(step)]  # two epochs of 20 in steps of 8
+    assert sorted(taken[:20]) == sorted(taken[20:]) == list(range(20)) and taken[:20] != taken[20:]
+    assert ours(1) == taken[8:16] and other(0) != taken[:8]  # of the seed and the step alone
+
+
 def test_rewards_keep_their_order_and_accuracy_counts_the_chosen(micro_model, micro_tokenizer):
     model = RewardModel(micro_model).eval()
     chats = [[{"role": "user", "content": "word " * n}, {"role": "assistant", "content": "a"}] for n in (9, 1, 5, 3)]
