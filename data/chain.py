@@ -1,6 +1,6 @@
 """The corpus chain: steps that turn any folder of text, web pages or crawls into clean documents (v2 §2.1).
 
-    extract   HTML, WARC, .txt, .jsonl(.gz) to documents         data/extract.py
+    extract   HTML, WARC, WET, .txt, .jsonl(.gz) to documents    data/extract.py
     langid    language of every sentence, wrong labels mended    data/langid.py
     dedup     exact and near duplicates, good repeats kept       data/dedup.py
     filter    boilerplate, spam, broken text; code and maths apart   data/filters.py
@@ -26,25 +26,19 @@ import json
 import os
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
 import cli
 from cli import InputError
 from data import dedup, filters, langid, quality
-from data.extract import documents_of, files_of
+from data.extract import documents_of, files_of, processes, write_json
+from data.reader import say_unread
 
 
 def output_name(name):
     """th.jsonl and th.jsonl.gz stay th.jsonl; page.html becomes page.html.jsonl, so that no two inputs meet."""
     return name if name.endswith(".jsonl") else name.removesuffix(".jsonl.gz") + ".jsonl"
-
-
-def write_json(path, value):
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-    os.replace(path + ".part", path)
 
 
 def _process(step, job):
@@ -71,14 +65,24 @@ def _process(step, job):
     os.replace(target + ".part", target)
 
 
-def claim(out, settings):
-    """Make the output folder of a step; one that holds finished files of another step, settings or input is an error."""
+def claim(out, paths, **settings):
+    """Make the output folder of a step; one that holds finished files of another step, settings or input is an error.
+
+    A file that is not finished may have been mended since, but not where all files are judged together (dedup).
+    """
     os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path) and any(name.endswith((".jsonl", ".ends")) for name in os.listdir(out)):
+    path, stats = os.path.join(out, "settings.json"), {os.path.realpath(p): os.stat(p) for p in paths}
+    settings["input"] = now = {p: [stat.st_size, stat.st_mtime_ns] for p, stat in stats.items()}
+    finished, before = {name for name in os.listdir(out) if name.endswith((".jsonl", ".ends"))}, {}
+    if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            if json.load(file) != settings:
-                raise InputError(f"{out}: holds the output of another step, other settings or other input; choose another folder")
+            before = json.load(file)
+    if finished and settings["step"] != "dedup" and before.get("input", {}).keys() == now.keys():
+        for p in now:
+            if finished.isdisjoint((output_name(os.path.basename(p)), os.path.basename(p) + ".ends")):
+                before["input"][p] = now[p]
+    if finished and before != settings:
+        raise InputError(f"{out}: holds the output of another step, other settings or other input; choose another folder")
     write_json(path, settings)
 
 
@@ -87,11 +91,13 @@ def run(name, step, source, out, workers=None):
 
     step must be picklable, is a generator over one file's documents, and counts each removal as "removed: <reason>".
     """
-    jobs = [(path, os.path.join(out, output_name(file))) for file, path in files_of(source).items()]
-    if len({target for _, target in jobs}) < len(jobs):
-        raise InputError(f"{source}: a .jsonl and a .jsonl.gz file have the same name")
+    jobs, names = [], {}
+    for file, path in files_of(source).items():
+        if (other := names.setdefault(output_name(file), file)) != file:
+            raise InputError(f"{source}: {other} and {file} would both become {output_name(file)}: rename one")
+        jobs.append((path, os.path.join(out, output_name(file))))
     pending = [job for job in jobs if not os.path.exists(job[1])]
-    with ProcessPoolExecutor(workers) as pool:
+    with processes(workers) as pool:
         list(tqdm(pool.map(functools.partial(_process, step), pending), total=len(pending), desc=name, unit="file"))
     totals = Counter()
     for _, target in jobs:
@@ -117,7 +123,9 @@ def report_of(folder):
     reports = []
     for path in filter(os.path.exists, paths):
         with open(path, encoding="utf-8") as file:
-            reports.append(json.load(file))
+            report = json.load(file)
+        if "step" in report:  # a run's report has none
+            reports.append(report)
     if not reports:
         raise InputError(f"{folder}: no folder in it holds a finished step (report.json)")
     return reports
@@ -178,8 +186,10 @@ def main():
         return
     if os.path.realpath(args.data) == os.path.realpath(args.out):
         raise InputError(f"{args.out}: a step cannot write into the folder that it reads")
-    paths = list(files_of(args.data).values())
-    claim(args.out, {"step": args.step, "keep": args.keep, "input": {path: os.path.getsize(path) for path in paths}})
+    files = files_of(args.data)
+    say_unread(args.data, files)
+    paths = list(files.values())
+    claim(args.out, paths, step=args.step, **({"keep": args.keep} if args.step == "dedup" else {}))
     step = STEPS[args.step] if args.step in STEPS else dedup.plan(paths, args.out, args.keep)
     report = run(args.step, step, args.data, args.out)
     for key, value in report.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole corpus chain: a folder of .txt, .jsonl(.gz), .html, .warc(.gz) or .parquet files to clean, resampled documents.
+# The whole corpus chain: a folder of .txt, .jsonl(.gz), .html, .warc(.gz), .wet(.gz) or .parquet files to clean, resampled documents.
 #   bash data/chain.sh crawl corpus            corpus/1-extract … corpus/6-resample, corpus/chain.md, corpus/chain.png
 #   KEEP=3 bash data/chain.sh crawl corpus     up to three copies of a repeated good document stay
 # Killed in the middle, it goes on where it was. Then: python -m data.shards --data corpus/6-resample --out shards --run RUN

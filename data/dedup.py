@@ -18,12 +18,11 @@ import re
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
-from data.extract import documents_of
+from data.extract import documents_of, processes
 
 P, R = 112, 8  # 14 bands of 8: half of the pairs at J = 0.68 become candidates, 99 % at 0.85
 SHINGLE = 5  # words; in Thai and Chinese, which write no spaces, characters
@@ -123,7 +122,7 @@ def plan(paths, out, keep=1, workers=None):
 
     The verdicts lie in out/<file>.verdicts.npy, in a folder that chain.claim has made.
     """
-    with ProcessPoolExecutor(workers) as pool:
+    with processes(workers) as pool:
         read = list(tqdm(pool.map(_read, paths), total=len(paths), desc="signatures", unit="file"))
     texts = [text for file, *_ in read for text in file]
     qualities = [quality for *_, file, _ in read for quality in file]

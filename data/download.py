@@ -4,13 +4,14 @@
     python -m data.download --dataset wikimedia/wikipedia --match "20231101.ms/*.parquet" --out crawl
 
 --dataset may also be a local folder. The files are taken as they are, one at a time; a finished one is not fetched again. Their
-folders become part of the name, so that no two meet. The chain reads .parquet with pyarrow, from the column "text".
+folders become part of the name; two that meet so are an error. The chain reads .parquet with pyarrow, from the column "text".
 """
 
 import fnmatch
 import functools
 import os
 import shutil
+from collections import Counter
 
 from tqdm import tqdm
 
@@ -30,7 +31,10 @@ def files_matching(dataset, pattern):
             from huggingface_hub import HfApi, hf_hub_download
         except ImportError:
             raise InputError('python -m data.download needs the hub library: pip install ".[hub]"') from None
-        names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
+        try:
+            names = sorted(HfApi().list_repo_files(dataset, repo_type="dataset"))
+        except Exception as error:  # a bad name, no such dataset, no network: the library has a kind of its own for each
+            raise InputError(f"{dataset}: no local folder, and the hub does not give it ({error})") from None
         fetch = functools.partial(hf_hub_download, dataset, repo_type="dataset")
     chosen = [name for name in names if fnmatch.fnmatch(name, pattern)]
     if not chosen:
@@ -40,12 +44,12 @@ def files_matching(dataset, pattern):
 
 def download(dataset, pattern, out):
     """Copy the matching files into `out`; return their paths there."""
-    os.makedirs(out, exist_ok=True)
-    paths = []
     names, fetch = files_matching(dataset, pattern)
-    for name in tqdm(names, unit="file"):
-        target = os.path.join(out, name.replace("/", "_"))
-        paths.append(target)
+    paths = [os.path.join(out, name.replace("/", "_")) for name in names]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise InputError(f"{dataset}: two files would both become {twice[0]}: narrow --match and name another --out for the second")
+    os.makedirs(out, exist_ok=True)
+    for name, target in zip(tqdm(names, unit="file"), paths, strict=True):
         if not os.path.exists(target):
             shutil.copyfile(fetch(name), target + ".part")
             os.replace(target + ".part", target)

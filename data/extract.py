@@ -1,21 +1,26 @@
-"""Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html, .warc(.gz) and .parquet to documents (v2 §2.1.1).
+"""Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html, .warc(.gz), .wet(.gz) and .parquet to documents (v2 §2.1.1).
 
-HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blocks become lines. A WARC is read record
-by record; its successful HTML responses are kept. Parquet files need the column "text" (pip install ".[hub]" brings pyarrow). One output
-.jsonl for each input file, one {"text", "lang"?, "source"} a line.
+HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blocks become lines. A WARC is read record by record;
+its successful HTML responses are kept, and the texts of a WET. Parquet files need the column "text" (pip install ".[hub]" brings
+pyarrow). One output .jsonl for each input file, one {"text", "lang"?, "source"} a line.
 
     python -m data.chain --step extract --data crawl --out corpus/1-extract
 """
 
+import html
+import json
 import os
 import re
+import threading
+import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
 
 from cli import InputError
-from data.reader import CODES, opened, read_jsonl, read_text
+from data.reader import CODES, files_in, opened, read_jsonl, read_text
 
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".parquet")
+ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".wet", ".wet.gz", ".parquet")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
 CHUNK = re.compile(rb"([0-9a-fA-F]+)[ \t]*(?:;[^\r\n]*)?\r\n")
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no page holds and the first kilobyte of a packed one does
@@ -52,12 +57,19 @@ class _Text(HTMLParser):
         if not self.hidden:
             self.pieces.append(re.sub(r"\s+", " ", data))
 
+    def parse_marked_section(self, i, report=1):
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:  # of <![ and a word that HTMLParser does not know
+            return self.parse_bogus_comment(i)
 
-def html_to_text(html):
+
+def html_to_text(page):
     """The visible text of an HTML page (str), one block a line."""
-    parser = _Text()
-    parser.feed(html)
+    parser, cut = _Text(), page.rfind(">") + 1
+    parser.feed(page[:cut])
     parser.close()
+    parser.handle_data(html.unescape(re.split("<[a-zA-Z/!?]", page[cut:])[0]))  # HTMLParser would try every unclosed tag again and again
     lines = (re.sub(" +", " ", line).strip() for line in "".join(parser.pieces).split("\n"))
     return "\n".join(line for line in lines if line)
 
@@ -70,7 +82,7 @@ def decode_html(raw, declared=None):
         text = raw.decode(name, errors="replace")
     except (LookupError, UnicodeError):  # unknown, or one that is no charset of pages, such as idna
         text = raw.decode("utf-8", errors="replace")
-    return text.encode("utf-8", errors="replace").decode()  # utf-7 makes halves of surrogate pairs
+    return text.removeprefix("\ufeff").encode("utf-8", errors="replace").decode()  # utf-7 makes halves of surrogate pairs
 
 
 def _headers(file):
@@ -119,7 +131,7 @@ def payload_of(head, payload):
 
 
 def read_warc(path):
-    """Yield (url, html) of the successful HTML responses in a .warc or .warc.gz file (ISO 28500)."""
+    """Yield (url, text) of the successful HTML responses and the plain-text conversions (WET) in a .warc or .warc.gz file (ISO 28500)."""
     with opened(path) as file:
         number = 0
         while line := file.readline():
@@ -138,12 +150,15 @@ def read_warc(path):
                 body = b""
             if len(body) < length:
                 raise InputError(f"{path}: record {number} is cut short")
+            url = headers.get("warc-target-uri", "")
+            if headers.get("warc-type") == "conversion" and headers.get("content-type", "").startswith("text/plain"):
+                yield url, decode_html(body, "utf-8")
             if headers.get("warc-type") != "response":
                 continue
             head, _, payload = body.partition(b"\r\n\r\n")
             kind = re.search(rb"(?im)^content-type:\s*(?:text/html|application/xhtml\+xml)(?:.*charset=\"?([\w-]+))?", head)
             if kind and re.match(rb"HTTP/\S+ 2\d\d", head):
-                yield headers.get("warc-target-uri", ""), decode_html(payload_of(head, payload), kind[1] and kind[1].decode())
+                yield url, html_to_text(decode_html(payload_of(head, payload), kind[1] and kind[1].decode()))
 
 
 def checked(document, where):
@@ -152,9 +167,10 @@ def checked(document, where):
         raise InputError(f'{where}: field "text" is missing or no str')
     if not isinstance(document.get("lang", ""), str | None):
         raise InputError(f'{where}: field "lang" is no str')
-    for field in ("quality", "occurrences"):
-        if not isinstance(document.get(field, 0), int | float):
-            raise InputError(f'{where}: field "{field}" is no number')
+    for field, most in (("quality", 1), ("occurrences", 1e9)):
+        value = document.get(field, 0)
+        if not isinstance(value, int | float) or not 0 <= value <= most:
+            raise InputError(f'{where}: field "{field}" is no number from 0 to {most:g}')
     return document
 
 
@@ -171,18 +187,25 @@ def read_parquet(path):
     if "text" not in file.schema_arrow.names:
         raise InputError(f'{path}: no column "text", only {", ".join(file.schema_arrow.names)}')
     columns, number = [name for name in ("text", "lang", "source") if name in file.schema_arrow.names], 0
-    for batch in file.iter_batches(1000, columns=columns):
+    batches = file.iter_batches(1000, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: damaged behind row {number} ({error})") from None
+        if batch is None:
+            return
         for row in batch.to_pylist():
             number += 1  # an empty cell is an empty text, and counted as one
             yield checked({"text": "", **{name: value for name, value in row.items() if value is not None}}, f"{path}: row {number}")
 
 
 def documents_of(path):
-    """Yield the documents of one file by its ending: {"text", "lang"?, "source"?}; th.jsonl is labelled th where a line is not."""
-    name = os.path.basename(path)
-    stem = name.split(".")[0]
+    """Yield the documents of one file by its ending: {"text", "lang"?, "source"?}; th.jsonl and th.txt are labelled th where a line
+    is not."""
+    stem, name = os.path.basename(path).split(".")[0], os.path.basename(path).lower()
     if name.endswith(".txt"):
-        yield {"text": read_text(path), "source": stem}
+        yield {"text": read_text(path), "source": stem, **({"lang": stem} if stem in CODES else {})}
     elif name.endswith((".jsonl", ".jsonl.gz")):
         for number, value in read_jsonl(path):
             checked(value, f"{path}:{number}")
@@ -193,15 +216,30 @@ def documents_of(path):
         with open(path, "rb") as file:
             yield {"text": html_to_text(decode_html(file.read())), "source": stem}
     else:
-        for url, html in read_warc(path):
-            yield {"text": html_to_text(html), "source": url}
+        for url, text in read_warc(path):
+            yield {"text": text, "source": url}
 
 
 def files_of(folder):
     """{name: path} of the files a step reads, in name order. Raises InputError when there is none."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder")
-    found = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(ENDINGS)}
-    if not found:
-        raise InputError(f"{folder}: holds no file ending in {' '.join(ENDINGS)}")
-    return found
+    return {name: os.path.join(folder, name) for name in files_in(folder, ENDINGS)}
+
+
+def write_json(path, value):
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    os.replace(path + ".part", path)
+
+
+def _end_with(parent):
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def processes(workers=None):
+    """A pool whose workers end with the process that began them, even one that was killed: none goes on writing beside its rerun."""
+    return ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),))

@@ -21,9 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
+from cli import InputError
 from data import market
 from data.filters import kind_of
-from data.reader import held_out, read_folder
+from data.reader import CODES, held_out, read_folder
 
 BUCKETS, SIZES = 1 << 16, (2, 3, 4)
 SISTERS = {"id", "ms"}  # Indonesian and Malay share most of their words
@@ -66,6 +67,8 @@ def train(documents, steps=4000, batch=256, seed=0):
             pool[document["lang"]] += [s for s in sentences(document["text"]) if len(s) >= 10]
     languages = sorted(pool)
     known = [[buckets for s in pool[lang] if len(buckets := features(s))] for lang in languages]
+    if bare := [lang for lang, sentences_of in zip(languages, known, strict=True) if not sentences_of]:
+        raise InputError(f"no sentence of 10 characters or more in {', '.join(bare)}: leave that language out, or give more text")
     table = torch.nn.EmbeddingBag(BUCKETS, len(languages), mode="mean")
     torch.nn.init.zeros_(table.weight)
     optimizer = torch.optim.Adam(table.parameters(), lr=0.05)
@@ -124,7 +127,7 @@ def step(documents, counts, source):
     """
     for document in documents:
         if kind_of(document) != "prose":
-            yield document
+            yield document if document.get("lang") in (None, *CODES) else {**document, "lang": None}  # "python", say
             continue
         lang, share = document_language(document["text"])
         if {lang, document.get("lang")} == SISTERS:
@@ -144,11 +147,15 @@ def main():
         text=dict(help="identify each sentence of this text"),
         train=dict(help="folder of <lang>.jsonl files to train the table on"),
     )  # fmt: skip
+    if not args.train and not args.text:
+        raise InputError("nothing to do: give --text or --train")
     if args.train:
         documents = [d for d in read_folder(args.train) if not held_out(d["text"])]
         documents += market.documents("general", args.seed, per_language=400)
         languages, table_BL, scale = train(documents, seed=args.seed)
-        np.savez_compressed(PATH, languages=languages, table=table_BL, scale=scale)
+        with open(PATH + ".part", "wb") as file:
+            np.savez_compressed(file, languages=languages, table=table_BL, scale=scale)
+        os.replace(PATH + ".part", PATH)
         print(f"{PATH}: {len(languages)} languages, {os.path.getsize(PATH) / 1e6:.2f} MB")
     for sentence in sentences(args.text or ""):
         print(*identify(sentence), sentence)

@@ -23,8 +23,9 @@ from collections import Counter
 import numpy as np
 
 import cli
+from cli import InputError
 from data import market
-from data.extract import documents_of, files_of
+from data.extract import documents_of, files_of, write_json
 from data.filters import WORD
 
 PATH = os.path.join(os.path.dirname(__file__), "quality.json")
@@ -142,9 +143,11 @@ def main():
     good = [text[:4000] for text in rng.sample(good, min(len(good), 20_000))]
     good += [document["text"] for document in market.documents("general", args.seed, per_language=500)]
     good += [market.shop_document(lang, rng, "train", rng.randint(3, 8)) for lang in market.LANGUAGES for _ in range(300)]
-    judge = train(good, texts_of(args.bad) if args.bad else [damage(text, rng) for text in good])
-    with open(PATH, "w", encoding="utf-8") as file:
-        json.dump({"features": FEATURES, **judge}, file, indent=1)
+    bad = texts_of(args.bad) if args.bad else [damage(text, rng) for text in good]
+    if not bad:
+        raise InputError(f"--bad {args.bad}: all documents are empty")
+    judge = train(good, bad)
+    write_json(PATH, {"features": FEATURES, **judge})
     for name, weight in zip(FEATURES, judge["weights"], strict=True):
         print(f"{name:>28} {weight:+.2f}")
 

@@ -5,6 +5,7 @@ file's name when it is a language code (th.jsonl), else unknown. Every twentieth
 held out for measuring and never trained on.
 """
 
+import codecs
 import contextlib
 import gzip
 import json
@@ -16,13 +17,14 @@ from data import market
 from data.scorers import SCORERS
 from tokenizer import ROLES
 
+BESIDE = (".counts", ".npy", ".part", "settings.json", "report.json")  # what the corpus chain leaves beside its documents
 CODES = set(market.LANGUAGES) | set(["nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk"])
 
 
 @contextlib.contextmanager
 def opened(path):
-    """The bytes of a file, unpacked if its name ends in .gz; where they cannot be, that is an error with its name."""
-    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+    """The bytes of a file, unpacked if its name ends in .gz (or .GZ); where they cannot be, that is an error with its name."""
+    with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
         try:
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -34,7 +36,7 @@ def _lines(path):
     with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, line.decode("utf-8")
+                yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from None
 
@@ -100,8 +102,10 @@ def task_faults(task):
         yield f"unknown scorer {scorer!r}, known: {', '.join(SCORERS)}"
     elif isinstance(answer, str) and answer.strip() and (SCORERS[scorer]("", answer) or not SCORERS[scorer](answer, answer)):
         yield f"scorer {scorer!r} cannot judge the answer {answer!r}: it refuses it, or accepts silence"
-    choices = task.get("choices", [answer])
-    if not isinstance(choices, list) or answer not in choices or not all(isinstance(choice, str) and choice for choice in choices):
+    choices = task.get("choices", ["?"])
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices) or (
+        "choices" in task and answer not in choices
+    ):  # fmt: skip
         yield 'field "choices" must be a list of texts with the answer among them'
     elif len(set(choices)) < len(choices):
         yield 'field "choices" has a choice twice'
@@ -157,18 +161,36 @@ def read_pairs(path):
     return pairs
 
 
+def files_in(folder, endings):
+    """Names of a folder's files with one of the endings, in order. Raises InputError where there is none."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
+    found = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(endings)]
+    if not found:
+        raise InputError(f"{folder}: holds no file ending in {' '.join(endings)}")
+    return found
+
+
+def listed(names):
+    """How many, and the first five."""
+    return f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+
+
+def say_unread(folder, found):
+    """Print what of a folder is passed over, but for what the corpus chain leaves beside its documents."""
+    if other := sorted(name for name in os.listdir(folder) if name not in found and not name.endswith(BESIDE)):
+        print(f"{folder}: files and folders that are not read: {listed(other)}")
+
+
 def read_folder(folder):
     """Yield {"text", "lang", "kind"} for every document of a folder, files in name order."""
-    if not os.path.isdir(folder):
-        raise InputError(f"--data {folder}: no such folder")
-    names = sorted(name for name in os.listdir(folder) if name.endswith((".txt", ".jsonl", ".jsonl.gz")))
-    if not names:
-        raise InputError(f"--data {folder}: holds no .txt, .jsonl or .jsonl.gz file")
+    empty, names = [], files_in(folder, (".txt", ".jsonl", ".jsonl.gz"))
+    say_unread(folder, names)
     for name in names:
-        path, (stem, ending) = os.path.join(folder, name), os.path.splitext(name.removesuffix(".gz"))
+        path, stem = os.path.join(folder, name), name.split(".")[0]
         default = stem if stem in CODES else None
         documents = 0
-        if ending == ".txt":
+        if name.lower().endswith(".txt"):
             text = read_text(path)
             if text.strip():
                 documents += 1
@@ -183,7 +205,11 @@ def read_folder(folder):
                 documents += 1
                 yield {"text": text, "lang": lang, "kind": value.get("source", stem)}
         if not documents:
-            raise InputError(f"{path}: empty file")
+            empty.append(name)
+    if len(empty) == len(names):
+        raise InputError(f"{folder}: all files are empty")
+    if empty:
+        print(f"{folder}: files that are empty: {listed(empty)}")
 
 
 def held_out(text):

@@ -99,9 +99,10 @@ def code(output, answer):
 
 
 def json_call(output, answer):
-    """Equal as JSON values, whatever the order of keys and the white space."""
+    """Equal as JSON values, whatever the order of keys and the white space; true is not 1."""
     try:
-        return json.loads(output) == json.loads(answer)
+        one, other = (json.dumps(json.loads(text, parse_int=float), sort_keys=True) for text in (output, answer))
+        return one == other
     except (ValueError, RecursionError):
         return False
 

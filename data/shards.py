@@ -11,16 +11,15 @@ finished file is not done again. Documents held out for measuring (reader.held_o
 import functools
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
 import cli
 from cli import InputError
-from data.chain import claim, write_json
-from data.extract import documents_of, files_of
-from data.reader import held_out
+from data.chain import claim
+from data.extract import documents_of, files_of, processes, write_json
+from data.reader import held_out, say_unread
 from tokenizer import Tokenizer
 
 INDEX = "shards.json"
@@ -45,10 +44,11 @@ def write_shard(run, job):
 def write_shards(source, out, run, workers=None):
     """Tokenise a folder; return the index, also in out/shards.json. Raises InputError where `out` holds other shards."""
     files, tokenizer_hash = files_of(source), Tokenizer.load(run).hash
-    claim(out, {"step": "shards", "tokenizer": tokenizer_hash, "input": {path: os.path.getsize(path) for path in files.values()}})
+    say_unread(source, files)
+    claim(out, files.values(), step="shards", tokenizer=tokenizer_hash)
     targets = {name: os.path.join(out, name) for name in files}
     pending = [(files[name], target) for name, target in targets.items() if not os.path.exists(target + ".ends")]
-    with ProcessPoolExecutor(workers) as pool:
+    with processes(workers) as pool:
         list(tqdm(pool.map(functools.partial(write_shard, run), pending), total=len(pending), desc="shards", unit="file"))
     index = {"tokenizer_hash": tokenizer_hash, "shards": []}
     for name, target in targets.items():
@@ -64,7 +64,7 @@ def write_shards(source, out, run, workers=None):
 def is_shards(folder):
     """Whether `folder` holds shards, finished or not."""
     names = os.listdir(folder) if folder is not None and os.path.isdir(folder) else ()
-    return any(name == INDEX or ".tokens" in name for name in names)
+    return any(name == INDEX or name.endswith((".tokens", ".tokens.part")) for name in names)
 
 
 class Shards:

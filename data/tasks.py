@@ -6,7 +6,7 @@ chain of thought. Where a question is about a text, the message is the text, a b
 this is how the baseline without the text knows what to cut. Test tasks use products and phrasings
 that never occur in training.
 
-    python -m data.tasks                        # two samples of every task
+    python -m data.tasks                        # two samples of every task and language
     python -m data.tasks --out tasks --seed 1   # tasks/train.jsonl and tasks/test.jsonl
 """
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 
@@ -29,6 +30,8 @@ def test_a_page_becomes_what_a_reader_sees():
     assert html_to_text("<head><title>no body either</title><p>text") == "text"
     assert html_to_text("<head><noscript><div>x</div>Enable</noscript><title>Shop</title></head><body>text") == "text"
     assert html_to_text("") == "" and html_to_text("no tags < 5") == "no tags < 5"
+    assert html_to_text("<p>a &lt; b</p> c &amp; d <a href='x") == "a < b\nc & d"  # torn in a tag
+    assert [html_to_text(f"<p>good{odd} page") for odd in ("<![foo[x]]>", "<![]>")] == ["good page"] * 2
 
 
 def test_charsets():
@@ -47,10 +50,12 @@ def warc_record(body, kind="response", uri="http://a.example/"):
 def test_warc_keeps_html_responses(tmp_path):
     page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + PAGE.encode()
     image = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n\x89PNG"
+    (tmp_path / "a.warc.wet").write_bytes(warc_record(b"teks biasa", "conversion\r\nContent-Type: text/plain"))
+    assert list(read_warc(str(tmp_path / "a.warc.wet"))) == [("http://a.example/", "teks biasa")]
     records = warc_record(b"software: x", "warcinfo") + warc_record(page) + warc_record(image) + warc_record(page, uri="http://b.example/")
     for name, content in (("a.warc", records), ("b.warc.gz", gzip.compress(records))):
         (tmp_path / name).write_bytes(content)
-        assert [url for url, html in read_warc(str(tmp_path / name))] == ["http://a.example/", "http://b.example/"]
+        assert [url for url, _ in read_warc(str(tmp_path / name))] == ["http://a.example/", "http://b.example/"]
     head, raw = page.split(b"\r\n\r\n", 1)
     packed, plain = gzip.compress(raw), b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8"
     chunks = b"".join(b"%x;x=y\r\n%s\r\n" % (len(raw[i : i + 50]), raw[i : i + 50]) for i in range(0, len(raw), 50)) + b"0\r\n\r\n"
@@ -66,7 +71,7 @@ def test_warc_keeps_html_responses(tmp_path):
     nothing = {"Content-Encoding: br": noise, "Content-Encoding: gzip": packed[:-20], "Transfer-Encoding: chunked": b"0\r\n\r\n"}
     unreadable = [b"%s\r\n%s\r\n\r\n%s" % (plain, name.encode(), body) for name, body in nothing.items()]
     (tmp_path / "d.warc").write_bytes(b"".join(map(warc_record, [*responses, *unreadable, page.replace(b"200 OK", b"404 Not Found")])))
-    assert [html for _, html in read_warc(str(tmp_path / "d.warc"))] == [PAGE] * len(responses) + [""] * 3
+    assert [text for _, text in read_warc(str(tmp_path / "d.warc"))] == [html_to_text(PAGE)] * len(responses) + [""] * 3
     for size in (b"\xc2\xb2", b"9" * 25, b"-1", b"9" * 12):
         content = b"WARC/1.0\r\nContent-Length: %s\r\n\r\n" % size
         for name, written in (("e.warc", content), ("e.warc.gz", gzip.compress(content))):
@@ -205,11 +210,37 @@ def test_a_killed_step_goes_on_to_the_same_bytes(tmp_path, script):
     command = ("-m", "data.chain", "--step", "dedup", "--data", tmp_path / "in")
     for out in ("whole", "killed"):
         assert script(*command, "--out", tmp_path / out).returncode == 0
+    finished = os.stat(tmp_path / "killed" / "part0.jsonl").st_mtime_ns
     os.remove(tmp_path / "killed" / "part1.jsonl")  # as if the kill came while part1 was being written
     (tmp_path / "killed" / "part1.jsonl.part").write_text('{"text": "half a li')
     assert script(*command, "--out", tmp_path / "killed").returncode == 0
     for k in range(3):
         assert (tmp_path / "whole" / f"part{k}.jsonl").read_bytes() == (tmp_path / "killed" / f"part{k}.jsonl").read_bytes()
+    assert os.stat(tmp_path / "killed" / "part0.jsonl").st_mtime_ns == finished  # not done again
+
+
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    code = """
+import sys, time
+from data.extract import processes
+
+def work(path):
+    while True:
+        with open(path, "a") as file:
+            file.write("x")
+        time.sleep(0.02)
+
+processes(1).submit(work, sys.argv[1]).result()
+"""
+    parent, log = subprocess.Popen([sys.executable, "-c", code, tmp_path / "log"], cwd=ROOT), tmp_path / "log"
+    while not log.exists():
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    time.sleep(2)
+    written = log.stat().st_size
+    time.sleep(1)
+    assert log.stat().st_size == written
 
 
 def test_extract_reads_every_format(tmp_path, script):
@@ -243,6 +274,51 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, script, name, content, 
     os.remove(tmp_path / "in" / name)  # mended, the same command works
     (tmp_path / "in" / "good.txt").write_text("a good text")
     assert script("-m", "data.chain", "--step", "extract", "--data", tmp_path / "in", "--out", tmp_path / "out").returncode == 0
+
+
+def test_one_bad_file_among_good_ones_is_mended(tmp_path, script):
+    """What was finished before the fault stays; what was finished and is another now is refused."""
+    source, command = tmp_path / "in", ("-m", "data.chain", "--step", "extract", "--data", tmp_path / "in", "--out", tmp_path / "out")
+    write(source, [{"text": "one"}], files=1)
+    (source / "z.jsonl").write_text('{"text": 3}')
+    (source / "B.TXT").write_text("two")
+    (source / "x.pdf").write_text("three")
+    for _ in range(2):
+        failed = script(*command)
+        assert failed.returncode == 2 and 'z.jsonl:1: field "text"' in failed.stderr
+        assert "in: files and folders that are not read: 1 (x.pdf)" in failed.stdout
+    (source / "z.jsonl").write_text('{"text": "a long one"}')
+    assert script(*command).returncode == 0 and [d["text"] for d in read(tmp_path / "out")] == ["two", "one", "a long one"]
+    (source / "z.jsonl").write_text('{"text": "another!!"}')  # as long as before
+    refused = script(*command)
+    assert refused.returncode == 2 and "or other input; choose another folder" in refused.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "z.jsonl").write_text('{"text": "not the chain\'s"}')
+    refused = script(*command[:-1], tmp_path / "mine")
+    assert refused.returncode == 2 and sorted(os.listdir(tmp_path / "mine")) == ["z.jsonl"]
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    write(tmp_path / "in", [{"text": "one"}], files=1)
+    (tmp_path / "in" / "part0.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}'))
+    with pytest.raises(ValueError, match="part0.jsonl and part0.jsonl.gz would both become part0.jsonl: rename one"):
+        chain.run("extract", chain.keep_nonempty, tmp_path / "in", tmp_path / "out", 1)
+
+
+def test_what_the_chain_left_empty_is_no_fault(tmp_path, capsys):
+    folder = tmp_path / "6-resample"
+    write(folder, [{"text": "one", "lang": None}], files=2)  # part1.jsonl is empty
+    (folder / "part0.jsonl.counts").write_text("{}")
+    assert [d["text"] for d in reader.read_folder(folder)] == ["one"]
+    assert capsys.readouterr().out == f"{folder}: files that are empty: 1 (part1.jsonl)\n"
+    (folder / "part1.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}')  # begins with a byte order mark
+    assert [d["text"] for d in reader.read_folder(folder)] == ["one", "two"]
+
+
+def test_a_label_that_is_no_language_goes(tmp_path):
+    code = market.code_document(random.Random(0))
+    kept = list(langid.step([{"text": code, "lang": "python"}, {"text": code, "lang": "en"}], Counter(), ""))
+    assert [d["lang"] for d in kept] == [None, "en"]
 
 
 def test_an_output_folder_belongs_to_one_step(tmp_path, script):
@@ -422,6 +498,11 @@ def test_download_from_a_local_folder_and_parquet(tmp_path, script):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "bad" / "a.parquet")
     with pytest.raises(ValueError, match='a.parquet: row 1: field "text" is missing or no str'):
         list(documents_of(str(tmp_path / "bad" / "a.parquet")))
-    (tmp_path / "bad" / "b.jsonl").write_text('{"text": "x", "quality": 0.5}\n{"text": "y", "quality": null}')
-    with pytest.raises(ValueError, match='b.jsonl:2: field "quality" is no number'):
-        list(documents_of(str(tmp_path / "bad" / "b.jsonl")))
+    for value in ("null", "NaN", "-1", "2"):
+        (tmp_path / "bad" / "b.jsonl").write_text('{"text": "x", "quality": 0.5}\n{"text": "y", "quality": ' + value + "}")
+        with pytest.raises(ValueError, match='b.jsonl:2: field "quality" is no number from 0 to 1'):
+            list(documents_of(str(tmp_path / "bad" / "b.jsonl")))
+    (tmp_path / "hub" / "data" / "ind").mkdir()
+    (tmp_path / "hub" / "data" / "ind" / "Latn_000.parquet").write_bytes(b"")
+    twice = script(*command[:4], "--match", "*.parquet", "--out", tmp_path / "new")
+    assert twice.returncode == 2 and "two files would both become" in twice.stderr and not (tmp_path / "new").exists()

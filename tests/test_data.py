@@ -95,6 +95,11 @@ def mutations(task):
     return [answer + "0"] if task["scorer"] == "number" else [answer + "0", "0" + answer, normalise(answer)[:-1]]
 
 
+def test_json_is_compared_as_values():
+    score = SCORERS["json"]
+    assert score('{ "b": 1, "a": [2.0]}', '{"a":[2],"b":1}') and not score('{"a": true}', '{"a": 1}') and not score("[false]", "[0]")
+
+
 def test_code_is_scored_by_what_it_computes_and_never_run():
     score, answer = SCORERS["code"], "def cost(a, b): return a - b"
     assert score("def cost(x, y):\n    return x - y\n", answer) and score("def cost(a, b): return a - 2 * b + b", answer)

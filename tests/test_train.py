@@ -371,8 +371,8 @@ def test_kill_and_sigterm_lose_nothing_saved(micro_config, micro_tokenizer, tmp_
         ("a.jsonl", b'{"text": "x"}\n{"text": "half \\ud83d"}\n', "a.jsonl:2: malformed JSON (half of a surrogate pair stands alone)"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged gzip file"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt:2: not UTF-8"),
-        ("a.txt", b" \n", "a.txt: empty file"),
-        ("a.pdf", b"", "holds no .txt, .jsonl"),
+        ("a.txt", b" \n", "data: all files are empty"),
+        ("a.pdf", b"", "holds no file ending in .txt .jsonl"),
     ],
 )
 def test_bad_corpus_is_one_clear_message(script, tmp_path, name, content, message):
