@@ -12,7 +12,7 @@ import sys
 
 FLAGS = {
     "config": dict(default="tiny", help="model size: a name in compass.CONFIGS"),
-    "data": dict(default=None, help="folder of .txt/.jsonl files, or of shards for train.py (default: the embedded marketplace)"),
+    "data": dict(default=None, help="folder of .txt/.jsonl files (default: the embedded marketplace)"),
     "run": dict(default="runs/demo", help="run folder: tokenizer, checkpoints, metrics, report"),
     "stage": dict(help="which stage of the script to run"),
     "steps": dict(type=int, default=None, help="optimizer steps (default: the stage's recipe)"),

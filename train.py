@@ -384,6 +384,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
 def main():
     args = cli.parse(
         __doc__, "config", "data", "run", "stage", "steps", "resume", "device", "seed", "parallel",
+        data=dict(help="folder of .txt/.jsonl files, or of shards that data.shards made (default: the embedded marketplace)"),
         stage=dict(default="all", help="a stage of the config's recipe: general, anneal, long; v3 has its own six (default: all)"),
     )  # fmt: skip
     config = config_named(args.config)

@@ -1,5 +1,6 @@
 """RESULTS.md says what benchmarks/results says, and `python -m benchmarks` knows every benchmark and names what it leaves out."""
 
+import glob
 import importlib
 import os
 import re
@@ -23,6 +24,18 @@ def test_results_are_what_draw_would_write(page):
         results = figures(name)
         drawn = drawn if results is None else rewritten(drawn, name, tables_of(name, results))
     assert drawn == page, "python -m benchmarks --draw"
+
+
+def test_the_readme_counts_the_lines():
+    def lines(path):
+        with open(path, encoding="utf-8") as file:
+            return sum(1 for _ in file)
+
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        said = {name: int(count) for name, count in re.findall(r"^\| (\w+\.py|data/) \| (\d+) \|", file.read(), re.M)}
+    scripts = glob.glob(os.path.join(ROOT, "*.py"))
+    counted = {os.path.basename(path): lines(path) for path in scripts}
+    assert said == {**counted, "data/": sum(map(lines, glob.glob(os.path.join(ROOT, "data", "*.py"))))}
 
 
 def test_every_place_belongs_to_a_table(page):
