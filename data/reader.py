@@ -32,27 +32,33 @@ def opened(path):
 
 
 def _lines(path):
-    """(number, line) of a file's lines; a byte that is not UTF-8 is an error with its line."""
+    """(number, bytes) of a file's lines, without the byte order mark that may stand before the first."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
-            try:
-                yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from None
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def read_text(path):
     """The whole text of a file; a byte that is not UTF-8 is an error with its line."""
-    return "".join(line for _, line in _lines(path))
+    pieces = []
+    for number, line in _lines(path):
+        try:
+            pieces.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from None
+    return "".join(pieces)
 
 
 def parsed(line):
-    """A line's JSON value. ValueError says what is wrong: also half of a surrogate pair, which UTF-8 cannot hold, and endless brackets."""
+    """A line's JSON value, from bytes. ValueError says what is wrong: also what is not UTF-8 or could not become it (half of a surrogate
+    pair), and endless brackets."""
     try:
-        value = json.loads(line)
-        if "\\ud" in line.lower():
+        value = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at column {error.pos + 1}") from None
     except UnicodeEncodeError:
@@ -102,13 +108,12 @@ def task_faults(task):
         yield f"unknown scorer {scorer!r}, known: {', '.join(SCORERS)}"
     elif isinstance(answer, str) and answer.strip() and (SCORERS[scorer]("", answer) or not SCORERS[scorer](answer, answer)):
         yield f"scorer {scorer!r} cannot judge the answer {answer!r}: it refuses it, or accepts silence"
-    choices = task.get("choices", ["?"])
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices) or (
-        "choices" in task and answer not in choices
-    ):  # fmt: skip
-        yield 'field "choices" must be a list of texts with the answer among them'
-    elif len(set(choices)) < len(choices):
-        yield 'field "choices" has a choice twice'
+    if "choices" in task:
+        choices = task["choices"]
+        if not isinstance(choices, list) or answer not in choices or not all(isinstance(choice, str) and choice for choice in choices):
+            yield 'field "choices" must be a list of texts with the answer among them'
+        elif len(set(choices)) < len(choices):
+            yield 'field "choices" has a choice twice'
 
 
 def read_tasks(path):

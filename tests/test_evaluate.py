@@ -212,14 +212,15 @@ def test_a_task_longer_than_the_context_is_named(micro_model, micro_tokenizer):
 def test_every_fault_of_a_task_file_has_its_line(tmp_path):
     good = {"id": "a", "messages": [{"role": "user", "content": "q"}], "answer": "yes"}
     lines = [
-        good, "{", [1], {"answer": "x"}, {**good, "id": "b", "answer": " "}, {**good, "id": "c", "scorer": "guess"}, {**good}, "",
+        good, "{", [1], {"answer": "x"}, {**good, "id": "b", "answer": ""}, {**good, "id": "c", "scorer": "guess"}, {**good}, "",
         {**good, "id": "d", "messages": [{"role": "buyer", "content": "q"}]}, {**good, "id": "e", "choices": ["no"]},
         {**good, "id": "f", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, {**good, "id": 3},
         {**good, "id": "g", "think": 3}, {**good, "id": "h", "answer": "twelve", "scorer": "number"}, {**good, "id": "i", "answer": "?!"},
         {**good, "id": "j", "choices": ["no", "yes", "yes"]}, '{"messages": [{"role": "user", "content": "\\ud83d"}], "answer": "x"}',
     ]  # fmt: skip
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_bytes(text.encode() + b'\n{"answer": "\xff"}')
     with pytest.raises(ValueError) as error:
         read_tasks(str(path))
     found = [line.removeprefix(f"{path}:") for line in str(error.value).split("\n")]
@@ -227,7 +228,7 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
         2: "malformed JSON", 3: "expected a JSON object", 4: 'field "messages"', 5: 'field "answer"', 6: "unknown scorer 'guess'",
         7: "id 'a' is also the id of line 1", 9: "a message needs a role", 10: 'field "choices"', 11: "the last message", 12: 'field "id"',
         13: 'field "think"', 14: "scorer 'number' cannot judge the answer 'twelve'", 15: "scorer 'exact' cannot judge",
-        16: "a choice twice", 17: "malformed JSON",
+        16: "a choice twice", 17: "malformed JSON", 18: "malformed JSON (not UTF-8 at byte 13",
     }  # fmt: skip
     assert [int(line.split(":")[0]) for line in found] == list(expected)
     assert all(message in line for line, message in zip(found, expected.values(), strict=True))
