@@ -111,20 +111,22 @@ def understanding(lang, rng, split):
     return {"messages": about(text, ask(lang, rng, split, "quantity")), "answer": str(b), "scorer": "number"}
 
 
+ENDS = {"cheapest": "min", "dearest": "max"}
+
+
 def reasoning(lang, rng, split):
-    """Three brands, two comparisons in any order: the cheapest or the dearest. The thought says which end is asked for, then restates
-    both lines and puts them in order from that end, so that the answer is its first name."""
+    """Three brands, two comparisons in any order: the cheapest or the dearest. The thought says which end is asked for, restates both
+    lines, always the dearer first, and puts them in order: each step reads one thing."""
     lex, (x, y, z) = lexicon(lang), rng.sample(market.BRANDS, 3)
     pairs = rng.sample([(x, y), (y, z)], 2)
     lines = [phrase(lex["compare"][split], rng).format(x=a, y=b) for a, b in pairs]
     kind = rng.choice(("cheapest", "dearest"))
-    end, sign, way = ("min", " < ", -1) if kind == "cheapest" else ("max", " > ", 1)
-    steps = ", ".join(sign.join(names[::way]) for names in (*pairs, (x, y, z)))
+    steps = ", ".join(" > ".join(names) for names in (*pairs, (x, y, z)))
     return {
         "messages": about("\n".join(lines), ask(lang, rng, split, kind)),
         "answer": z if kind == "cheapest" else x,
         "choices": sorted((x, y, z)),
-        "think": lex["thoughts"]["order"].format(order=f"{end}: {steps}"),
+        "think": lex["thoughts"]["order"].format(order=f"{ENDS[kind]}: {steps}"),
     }
 
 

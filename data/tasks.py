@@ -22,7 +22,7 @@ import re
 import cli
 from data import general, market
 from data.general import YES_NO, about, ask, larger, same, search, thought
-from data.market import LANGUAGES, draw_product, lexicon, money, page
+from data.market import LANGUAGES, draw_product, lexicon, money, page, phrase
 
 
 def lookup(kinds):
@@ -321,6 +321,16 @@ def differences(lang, rng, split, turns=6):
     return drill([(f"{a} - {b}", market.steps_difference(a, b)) for a, b in pairs])
 
 
+def orders(lang, rng, split, turns=6):
+    """What the thought of an order reads, one thing at a time: which of two brands is the dearer, which end a question asks for."""
+    pairs = []
+    for _ in range(turns):
+        (x, y), end = rng.sample(market.BRANDS, 2), rng.choice(list(general.ENDS))
+        line = phrase(lexicon(lang)["compare"][split], rng).format(x=x, y=y), f"{x} > {y}"
+        pairs.append(rng.choice((line, (ask(lang, rng, split, end), general.ENDS[end]))))
+    return drill(pairs)
+
+
 def shelf(lang, rng, split, turns=5):
     """Two pages and many questions: one for the cheaper product, the others name the product, which may be a third, unknown one."""
     products, text = general.shelf(lang, rng, split)
@@ -338,6 +348,7 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "word_pairs": word_pairs,
     "number_pairs": number_pairs,
     "differences": differences,
+    "orders": orders,
     "shelf": shelf,
 }
 # share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
@@ -357,12 +368,13 @@ PAIRS = {"word_pairs": 55, "number_pairs": 45}
 # then all that has a thought, always with it; sft2 keeps that up
 DRILLS = {
     "recital": 8, "functions": 2, "word_pairs": 8, "number_pairs": 10, "matching": 12, "similarity": 12, "recommendation": 10,
-    "retrieval": 12, "questioning": 12, "platform": 6, "mathematics": 6, "numerical_reasoning": 6, "reasoning": 8, "differences": 4,
+    "retrieval": 12, "questioning": 12, "platform": 6, "mathematics": 6, "numerical_reasoning": 6, "reasoning": 6, "differences": 4,
+    "orders": 6,
 }  # fmt: skip
 AFTER_DRILLS = {
     **FIRST, "page": 10, "ledger": 3, "query_rewriting": 6, "matching": 4, "similarity": 4, "questioning": 5, "recommendation": 4,
-    "word_pairs": 3, "number_pairs": 3, "echo": 2, "recital": 8, "functions": 2, "coding": 3, "shelf": 6, "retrieval": 5, "safety": 4,
-    "knowledge": 6, "reasoning": 6, "differences": 3,
+    "word_pairs": 3, "number_pairs": 3, "echo": 2, "recital": 8, "functions": 2, "coding": 3, "shelf": 6, "retrieval": 5, "safety": 8,
+    "knowledge": 10, "reasoning": 6, "differences": 3, "orders": 4,
 }  # fmt: skip
 
 

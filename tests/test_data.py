@@ -248,11 +248,10 @@ def test_the_thought_of_an_order_restates_its_lines():
         if task["task"] == "reasoning":
             end, steps = re.sub("[.。]$", "", task["think"]).split(": ")
             *pairs, order = steps.split(", ")
-            sign = {"min": " < ", "max": " > "}[end]
-            first, second, third = order.split(sign)
-            assert sorted(pairs) == sorted([f"{first}{sign}{second}", f"{second}{sign}{third}"]) and task["answer"] == first
+            x, y, z = order.split(" > ")
+            assert sorted(pairs) == sorted([f"{x} > {y}", f"{y} > {z}"]) and task["answer"] == {"min": z, "max": x}[end]
             lines = text_of(task).split("\n")
-            assert all(name in line for pair, line in zip(pairs, lines[:2], strict=True) for name in pair.split(sign))
+            assert all(name in line for pair, line in zip(pairs, lines[:2], strict=True) for name in pair.split(" > "))
 
 
 def test_thoughts_lead_to_their_answers():
