@@ -209,6 +209,12 @@ def test_answers_can_be_checked_against_the_world():
             assert task["answer"] in text_of(task)
 
 
+def turns_of(task):
+    """(question, answer) of every turn."""
+    said = [*(message["content"] for message in task["messages"]), task["answer"]]
+    return zip(said[::2], said[1::2], strict=True)
+
+
 def verdicts(think, lex):
     """[(one side, sign, other side, whether it is so), …] of a thought, each verdict checked."""
     word = f"({re.escape(lex['yes'])}|{re.escape(lex['no'])})"
@@ -307,9 +313,8 @@ def test_drills_are_answered_by_their_texts(lang):
     for i in range(20):
         rng = random.Random(f"{lang}-{i}")
         for copy in (CONVERSATIONS[name](lang, rng, "train") for name in ("echo", "recital")):
-            said = [*(m["content"] for m in copy["messages"]), copy["answer"]]
-            assert len(said) == 6
-            for asked, answer in zip(said[::2], said[1::2], strict=True):
+            assert len(copy["messages"]) == 5
+            for asked, answer in turns_of(copy):
                 bare, repeated = (re.sub('[»“”「」",，: ]', "", text) for text in (asked, answer))
                 assert bare == repeated and re.match("» |»，|», ", asked)
         shelf = CONVERSATIONS["shelf"](lang, rng, "train")
@@ -331,8 +336,7 @@ def test_drills_name_functions_by_ordinary_words(lang):
     lex, names = market.lexicon(lang), set()
     for i in range(20):
         functions = CONVERSATIONS["functions"](lang, random.Random(f"{lang}-{i}"), "train")
-        said = [*(m["content"] for m in functions["messages"]), functions["answer"]]
-        for question, answer in zip(said[::2], said[1::2], strict=True):
+        for question, answer in turns_of(functions):
             name, formula = re.fullmatch(r"def (\w+)\(a, b\): return (.+)", answer).groups()
             assert name in question and lex["formulas"][formula] in question and SCORERS["code"](answer, answer)
             names.add(name)
@@ -345,9 +349,27 @@ def test_comparisons_say_yes_to_what_is_so(lang):
     for name in ("word_pairs", "number_pairs"):
         for i in range(20):
             task = CONVERSATIONS[name](lang, random.Random(f"{lang}-{i}"), "train")
-            said = [*(m["content"] for m in task["messages"]), task["answer"]]
-            for question, answer in zip(said[::2], said[1::2], strict=True):
+            for question, answer in turns_of(task):
                 steps = verdicts(answer, lex)
                 assert question == " ".join(f"{one} {sign} {other}?" for one, sign, other, _ in steps) and len(steps) == 2
                 seen.update((name, sign, right) for _, sign, _, right in steps)
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("lang", market.LANGUAGES)
+def test_drills_of_single_steps_are_right(lang):
+    """Every question of `orders` is a way of asking for that end, or of saying that x costs more than y."""
+    lex, rng = market.lexicon(lang), random.Random(lang)
+    asked = {end: {market.phrase(lex["questions"][end]["train"], rng) for _ in range(4000)} for end in general.ENDS}
+    lines, kinds = {market.phrase(lex["compare"]["train"], rng) for _ in range(2000)}, set()
+    for i in range(20):
+        for question, answer in turns_of(CONVERSATIONS["orders"](lang, random.Random(i), "train")):
+            kinds.add(answer if answer in ("min", "max") else ">")
+            if answer in ("min", "max"):
+                assert question in asked[{"min": "cheapest", "max": "dearest"}[answer]]
+            else:
+                x, y = answer.split(" > ")
+                assert question.replace(x, "{x}").replace(y, "{y}") in lines
+        for question, answer in turns_of(CONVERSATIONS["differences"](lang, random.Random(i), "train")):
+            assert answer == market.steps_difference(*map(int, question.split(" - ")))
+    assert kinds == {"min", "max", ">"}
