@@ -91,16 +91,18 @@ def run(name, step, source, out, workers=None):
 
     step must be picklable, is a generator over one file's documents, and counts each removal as "removed: <reason>".
     """
-    jobs, names = [], {}
+    sources = {}
     for file, path in files_of(source).items():
-        if (other := names.setdefault(output_name(file), file)) != file:
-            raise InputError(f"{source}: {other} and {file} would both become {output_name(file)}: rename one")
-        jobs.append((path, os.path.join(out, output_name(file))))
-    pending = [job for job in jobs if not os.path.exists(job[1])]
+        target = os.path.join(out, output_name(file))
+        if target in sources:
+            both = f"{os.path.basename(sources[target])} and {file}"
+            raise InputError(f"{source}: {both} would both become {output_name(file)}: rename one")
+        sources[target] = path
+    pending = [(path, target) for target, path in sources.items() if not os.path.exists(target)]
     with processes(workers) as pool:
         list(tqdm(pool.map(functools.partial(_process, step), pending), total=len(pending), desc=name, unit="file"))
     totals = Counter()
-    for _, target in jobs:
+    for target in sources:
         with open(target + ".counts", encoding="utf-8") as file:
             totals.update(json.load(file))
     report = {"step": name, **dict(sorted(totals.items()))}

@@ -183,7 +183,7 @@ def listed(names):
 
 def say_unread(folder, found):
     """Print what of a folder is passed over, but for what the corpus chain leaves beside its documents."""
-    if other := sorted(name for name in os.listdir(folder) if name not in found and not name.endswith(BESIDE)):
+    if other := sorted(name for name in set(os.listdir(folder)).difference(found) if not name.endswith(BESIDE)):
         print(f"{folder}: files and folders that are not read: {listed(other)}")
 
 

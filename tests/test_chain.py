@@ -234,6 +234,7 @@ processes(1).submit(work, sys.argv[1]).result()
 """
     parent, log = subprocess.Popen([sys.executable, "-c", code, tmp_path / "log"], cwd=ROOT), tmp_path / "log"
     while not log.exists():
+        assert parent.poll() is None
         time.sleep(0.1)
     parent.kill()
     parent.wait()
