@@ -26,7 +26,7 @@ from report import plot_needles, table
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
-SEEDS, STEPS, LONG_STEPS = 3, 3000, 300
+SEEDS, STEPS, LONG_STEPS = 3, 5000, 300
 LENGTHS = (128, 256, 512, 1024, 1536, 2048)
 
 
@@ -56,8 +56,8 @@ def retrieval_row(tokenizer, rng, length):
 
 
 def train_on(model, tokenised, tokenizer, length, rows, schedule, seed):
-    """A quarter of the rows (at least one) are plain documents, the others exercises in finding."""
-    plain, quarter = TokenRows(tokenised, length, seed), max(1, rows // 4)
+    """A quarter of the rows are plain documents, the others exercises in finding."""
+    plain, quarter = TokenRows(tokenised, length, seed), rows // 4
 
     def batches(step):
         rng = random.Random(f"{seed}-{length}-{step}")
@@ -73,7 +73,7 @@ def measure(model, tokenizer, held, seed):
     return {**retrieval(model, tokenizer, LENGTHS, seed=seed, n=20, langs=("en",)), "bits": bits}
 
 
-WAYS = {"short texts, base 1e4": (256, 12, 1e4), "long texts, base 1e4": (1024, 3, 1e4), "long texts, base 1e6 (ABF)": (1024, 3, 1e6)}
+WAYS = {"short texts, base 1e4": (256, 16, 1e4), "long texts, base 1e4": (1024, 4, 1e4), "long texts, base 1e6 (ABF)": (1024, 4, 1e6)}
 
 
 def one_seed(tokenised, tokenizer, held, seed):

@@ -165,6 +165,15 @@ def test_sentences_of_sixteen_languages_are_told_apart():
     assert langid.identify("12 + 30 = 42 !") == (None, 0.0)
 
 
+def test_unclear_sentences_have_no_say_in_a_document_s_language(monkeypatch):
+    found = {"Sure.": ("en", 0.9), "Surely not this.": ("ms", 0.59), "Selamat pagi.": ("id", 0.6)}
+    monkeypatch.setattr(langid, "identify", lambda sentence: found[sentence])
+    assert langid.document_language("Sure. Surely not this.") == ("en", 1.0)
+    assert langid.document_language("Surely not this.") == (None, 0.0)
+    assert langid.document_language("Sure. Selamat pagi.") == ("id", 13 / 18)
+    assert langid.document_language("Sure. Surely not this.", least=0.5)[0] == "ms"
+
+
 def test_langid_mends_labels_and_drops_what_has_no_language(tmp_path, script):
     mixed = "\n".join(SENTENCES[lang] for lang in ("en", "th", "ru", "vi"))
     documents = [{"text": SENTENCES["de"], "lang": "nl"}, {"text": SENTENCES["id"], "lang": "ms"}, {"text": SENTENCES["th"]}]

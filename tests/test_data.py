@@ -149,6 +149,17 @@ def test_what_small_clusters_do_not_have_the_large_ones_give(monkeypatch):
         assert len(chosen) == round(keep * 208) and sum(task in every[200:] for task in chosen) == 8
 
 
+def test_unlike_answers_are_chosen_first(monkeypatch):
+    """In a dense region the tasks are drawn by how little their answers resemble their questions."""
+    every = [{"messages": [{"role": "user", "content": str(i)}], "answer": ""} for i in range(40)]
+    monkeypatch.setattr(selection, "without_near_duplicates", list)
+    monkeypatch.setattr(selection, "dbscan", lambda z_ND: np.zeros(40, int))
+    question, other = np.eye(2, dtype=np.float32)
+    monkeypatch.setattr(selection, "embed", lambda texts, seed: np.stack([question] * 40 + [question, other] * 20))
+    chosen, _ = selection.select(every, 0.5)
+    assert len(chosen) == 20 and sum(int(task["messages"][0]["content"]) % 2 for task in chosen) >= 18
+
+
 def test_every_maker_writes_what_it_promises(tmp_path, script):
     both = {"train.jsonl", "test.jsonl"}
     for module, names in (("tasks", both), ("preferences", both), ("noise", {"en.jsonl", "zh.jsonl"})):
