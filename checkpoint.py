@@ -56,14 +56,14 @@ def write_atomically(path, content):
         raise InputError(f"{path}: could not be written ({error.strerror}); the earlier checkpoints are intact") from None
 
 
-def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", tokenizer_hash="", seed=0):
-    """Save model, config, optimizer and where the run stands, at `step` of `planned`; see `load_checkpoint`."""
+def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", base="", tokenizer_hash="", seed=0):
+    """Save model, config, optimizer and where the run stands, at `step` of `planned`, in a stage that began from the stage `base`."""
     buffer = io.BytesIO()
     torch.save(
         {
             "model": model.state_dict(), "config": dataclasses.asdict(model.config),
             "optimizer": optimizer.state_dict() if optimizer else None,
-            "step": step, "planned": planned, "stage": stage, "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "step": step, "planned": planned, "stage": stage, "base": base, "tokenizer_hash": tokenizer_hash, "seed": seed,
         },
         buffer,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="",
 
 
 def load_checkpoint(path, device="cpu", weights=True):
-    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, planned, stage, tokenizer_hash, seed.
+    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, planned, stage, base, tokenizer_hash, seed.
 
     A folder of shards, which many ranks wrote (resharding.save_shards), is put together to the same dict; without `weights` only what
     is small is read of it. Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.

@@ -26,6 +26,7 @@ class Schedule(NamedTuple):
     shape: str = "cosine"  # or "linear"
     beta2: float = 0.95
     mtp_every: int = 1  # multi-token prediction, where the config has it, in every so many steps; 0 for none
+    base: str = ""  # the stage whose weights it starts from
 
 
 def lr_at(step, schedule):

@@ -226,7 +226,8 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     def save(step):
         path = os.path.join(run, stage, f"step_{step}.pt")
         write = resharding.save_shards if ranks.several else save_checkpoint
-        write(path, model, optimizer=optimizer, step=step, planned=schedule.steps, stage=stage, tokenizer_hash=tokenizer_hash, seed=seed)
+        known = dict(planned=schedule.steps, base=schedule.base, tokenizer_hash=tokenizer_hash, seed=seed)
+        write(path, model, optimizer=optimizer, step=step, stage=stage, **known)
         if ranks.writes:
             prune(run, stage)
 
@@ -294,12 +295,14 @@ def for_width(schedule, config):
     return schedule._replace(peak=scale * schedule.peak, final=scale * schedule.final)
 
 
-def stage_schedule(stage, args, schedule):
-    """The schedule under --steps; None where --resume finds the last intact checkpoint at its final step, which is said aloud.
+def stage_schedule(stage, args, schedule, base=""):
+    """The schedule under --steps, for a start from the stage `base`; None where --resume finds the last intact checkpoint at its final
+    step, which is said aloud.
 
-    Raises InputError where the stage has begun and is not to be resumed, before anything is made for it; or was begun with other steps
-    or another seed: its schedule and data were others, and a later stage may have been built on it.
+    Raises InputError where the stage has begun and is not to be resumed, before anything is made for it; or was begun with other steps,
+    another seed or from another stage: its schedule and data were others, and a later stage may have been built on it.
     """
+    schedule = schedule._replace(base=base)
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
     if begun(args.run, stage, args.resume):
@@ -309,6 +312,11 @@ def stage_schedule(stage, args, schedule):
             raise InputError(
                 f"{args.run}/{stage} was begun with {steps} steps and seed {seed}, not {schedule.steps} and {args.seed}: "
                 f"say --steps and --seed as then, or name another --run"
+            )
+        if (begun_from := state.get("base") or base) != base:
+            raise InputError(
+                f"{args.run}/{stage} was begun from {begun_from}, and now {base} is there to start from: delete {args.run}/{stage} to "
+                f"train it anew, or name another --run"
             )
         if state["step"] >= schedule.steps:
             print(f"{stage}: already finished")
@@ -353,7 +361,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         own = dict(max_seq_len=state["config"]["max_seq_len"], rope_base=state["config"]["rope_base"])  # change from stage to stage
         if changed := changed_fields(state["config"], dataclasses.replace(config, **own)):
             raise InputError(f"{args.run}/{before} is not of --config {args.config} ({'; '.join(changed)}): say --config as then")
-    schedule = stage_schedule(stage, args, recipe.schedule)
+    schedule = stage_schedule(stage, args, recipe.schedule, before or "")
     if schedule is None:
         return
     torch.manual_seed(args.seed)

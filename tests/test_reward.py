@@ -38,7 +38,7 @@ def test_the_four_members(monkeypatch):
     import reward
 
     rows, fitted = SimpleNamespace(rows=range(20), per_step=8, batch=None), []
-    state = {"config": {"max_seq_len": 64}}
+    state = {"config": {"max_seq_len": 64}, "stage": "sft2"}
     for name, stand_in in {
         "processes_with_whole_rows": lambda args: (torch.device("cpu"), None, None, state), "load_pairs": lambda *_: rows,
         "model_from": lambda *_: None, "RewardModel": lambda *_: torch.nn.Identity(), "encode_pairs": lambda *_: (),
@@ -50,6 +50,7 @@ def test_the_four_members(monkeypatch):
     monkeypatch.setattr(torch.nn.Identity, "config", None, raising=False)
     monkeypatch.setattr("sys.argv", ["reward.py", "--run", "nowhere"])
     reward.main()
+    assert {s.base for _, s in fitted} == {"sft2"}
     assert [(stage, s.steps, s.peak, s.shape) for stage, s in fitted] == [
         ("reward/1", 3, 3e-4, "cosine"), ("reward/2", 3, 1e-4, "linear"), ("reward/3", 6, 3e-4, "linear"), ("reward/4", 6, 1e-4, "cosine"),
     ]  # fmt: skip

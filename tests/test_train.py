@@ -185,6 +185,16 @@ def test_a_stage_goes_on_as_it_was_begun_or_not_at_all(micro_config, rows, tmp_p
     assert asked() is None  # an export has no plan
 
 
+def test_a_stage_goes_on_from_the_base_it_was_begun_from(micro_config, rows, tmp_path):
+    """Which stage dpo or sft2 starts from is whichever is there: one that was trained meanwhile would change weights and data unsaid."""
+    args = argparse.Namespace(run=str(tmp_path), resume=True, steps=None, seed=0)
+    schedule = stage_schedule("dpo", args, Schedule(2, 1e-3, 1e-4), "sft1")
+    fit(Compass(micro_config), rows.batches(2, 2), language_model_loss, schedule, run=str(tmp_path), stage="dpo")
+    assert load_latest(tmp_path, "dpo")["base"] == "sft1" and stage_schedule("dpo", args, schedule, "sft1") is None
+    with pytest.raises(ValueError, match="dpo was begun from sft1, and now sft2 is there"):
+        stage_schedule("dpo", args, schedule, "sft2")
+
+
 def test_another_config_than_that_of_the_stage_before_is_named(micro_config, micro_tokenizer, tmp_path):
     micro_tokenizer.save(tmp_path)
     path = str(tmp_path / "general" / "step_1.pt")
