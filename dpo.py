@@ -32,7 +32,7 @@ from sft import chat_of
 from train import Schedule, fit_stage, for_width, model_from, precision, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 5e-7
-ROUND = Schedule(60, 1e-4, 0.0, 6)  # of each online round
+ROUND = Schedule(60, 3e-5, 0.0, 6)  # of each online round
 BETA = 0.1
 PROMPTS, SAMPLES = 2, 32  # online: prompts of each task and language in a round, answers to each
 EXPLORING = Sampling(temperature=1.0, top_k=0, top_p=1.0, repetition=1.0, max_tokens=96)

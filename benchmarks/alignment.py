@@ -6,7 +6,7 @@ the reward model likes best), and with any wrong answer. After each round on hel
 the reward model's opinion of them, and the KL from the model before, estimated on sampled answers in nats a token. One seed.
 
     mkdir -p runs && cp -r checkpoints/tiny runs/alignment && python reward.py --run runs/alignment
-    python -m benchmarks.alignment --run runs/alignment      # about 20 minutes on two cores
+    python -m benchmarks.alignment --run runs/alignment      # about ten minutes
 """
 
 import copy
@@ -33,7 +33,7 @@ from generate import load_for_inference, split_thought
 from report import save, table
 from reward import MEMBERS, Pairs, best_of_n, encode_pairs, load_reward_model, pair_accuracy, rewards
 
-ROUNDS, PER_CELL = 3, 1
+ROUNDS, PER_CELL, HELD = 3, 1, 5  # of each task and language: prompts to sample for, held-out tasks to measure a round on
 
 
 def chats(test, answers):
@@ -154,12 +154,13 @@ def main():
     device = torch.device("cpu")
     model, tokenizer = load_for_inference(args.run, device)
     reward_model, _ = load_reward_model(args.run, device)
-    test = tasks("test", 0, PER_CELL)
-    results = {"tasks_hash": fingerprint(test), "best of n": best_of_samples(args.run, model, tokenizer, test), "rounds": {}}
+    test, held = tasks("test", 0, PER_CELL), tasks("test", 0, HELD)
+    found = best_of_samples(args.run, model, tokenizer, test)
+    results = {"tasks_hash": fingerprint(test), "rounds' tasks": fingerprint(held), "best of n": found, "rounds": {}}
     plot(results, os.path.join(RESULTS, "alignment.png"))
     judge = reward_judge(reward_model, tokenizer)
     for name, arm in (("hardest wrong", judge), ("random wrong", random_wrong(judge, random.Random(0)))):
-        results["rounds"][name] = rounds(name, model, reward_model, tokenizer, test, arm)
+        results["rounds"][name] = rounds(name, model, reward_model, tokenizer, held, arm)
     keep("alignment", results)
 
 

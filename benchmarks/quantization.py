@@ -9,7 +9,7 @@ Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batc
 A rare language and outlier channels (v3): the norms' weights of a few channels are multiplied by a factor and their consumers' columns
 divided by it, which changes nothing in fp32; calibration then sees no Thai, or is chosen by `oversample` from texts where some are.
 
-    python -m benchmarks.quantization --run checkpoints/tiny      # about 6 minutes on two cores
+    python -m benchmarks.quantization --run checkpoints/tiny      # a quarter of an hour on two cores
     python -m benchmarks.quantization --part speed                # one part alone: quality, speed or rare
 """
 
@@ -43,7 +43,7 @@ from report import save, table
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 
-SEEDS, PER_TASK = 3, 2
+SEEDS, PER_TASK, PER_TASK_RARE = 3, 10, 2  # tasks of a kind and language
 ARMS = {  # method, inputs that share a scale; `tiny` is so narrow that 128 are a whole row
     "RTN int4": ("rtn", GROUP), "AWQ int4": ("awq", GROUP), "RTN int4, groups of 32": ("rtn", 32), "AWQ int4, groups of 32": ("awq", 32),
     "FP8, naive": ("fp8-naive", GROUP), "FP8, expert-aware": ("fp8", GROUP),
@@ -203,7 +203,7 @@ def rare(model, tokenizer):
     more = plain[NARROW:484] + thai[:16]
     random.Random(1).shuffle(more)
     pool = [ids for _, ids, _ in conversations(plain[:NARROW] + more, tokenizer, context)]
-    samples, results = conversations(tasks("test", 0, PER_TASK), tokenizer, context), {}
+    samples, results = conversations(tasks("test", 0, PER_TASK_RARE), tokenizer, context), {}
     exact = answer_logprobs(model, samples)
     for factor in FACTORS:
         changed, results[factor] = with_outliers(model, factor), {}
