@@ -6,7 +6,7 @@ for a parcel hidden at five depths, and for one line of many, in texts from 128 
 short documents are measured. English only, because retrieval from scratch takes long; the cities to be found have weight 1,
 plain text 0.03. Three seeds of initialisation and data; finished ones are kept in benchmarks/results/long_context.jsonl.
 
-    python -m benchmarks.long_context      # about an hour
+    python -m benchmarks.long_context      # two hours with one thread
 """
 
 import dataclasses
