@@ -203,7 +203,9 @@ def load_latest(run, stage, device="cpu", weights=True):
         except InputError as error:
             print(f"{error}; trying the one before it")
     problem = "holds no intact checkpoint: delete that folder and" if paths else "not found:"
-    maker = "python reward.py" if stage.startswith("reward") else STAGES.get(stage, "python train.py")
+    maker = {**STAGES, "reward": "python reward.py"}.get(stage.partition("/")[0])
+    if not maker:
+        raise InputError(f"{run}/{stage} not found; the stages are {', '.join(STAGES)}, reward")
     raise InputError(f"{run}/{stage} {problem} run `{maker} --run {run}` first")
 
 

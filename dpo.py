@@ -226,6 +226,8 @@ def tune(stage, objective, args, off_policy=False):
     """Train one preference stage from the run's last sft stage: on pairs, or with --rounds on the run's own answers (`online`)."""
     if not args.beta > 0:
         raise InputError(f"--beta is {args.beta}, must be over 0: without the pull there is no reference")
+    if checkpoints(args.run, f"{stage}/{max(1, args.rounds)}"):
+        raise InputError(f"{args.run}/{stage} was begun with more rounds than {args.rounds}: give as many, or another --run")
     if args.rounds > 0:
         return online(stage, objective, args, off_policy)
     device, ranks, tokenizer, state = processes_with_whole_rows(args)

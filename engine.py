@@ -45,9 +45,10 @@ class Sampling:
     def fault(self):
         """What is wrong with the settings, as a sentence, or None."""
         checks = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"), "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0"), "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition": (self.repetition > 0, "above 0"),
+            "max_tokens": (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number of at least 1"),
+            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"), "0 or at least 1e-6"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0"), "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition": (0 < self.repetition < float("inf"), "above 0 and finite"),
             "think_budget": (self.think_budget is None or self.think_budget >= 0, "at least 0"),
         }  # fmt: skip
         return next((f"{name} is {getattr(self, name)}, must be {need}" for name, (fine, need) in checks.items() if not fine), None)
@@ -166,7 +167,7 @@ class Engine:
 
     def submit(self, prompt, sampling, sample=0, stops=(), name="the prompt"):
         """Queue a request and return it; a faulty one comes back refused: done, with `error`."""
-        request = Request(tuple(map(int, prompt)), sampling, sample, tuple(stops))
+        request = Request(tuple(map(int, prompt)), sampling, sample, (stops,) if isinstance(stops, str) else tuple(stops))
         request.error = self._fault(request, name) or sampling.fault()
         request.done = request.error is not None
         if not request.done:

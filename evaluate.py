@@ -65,6 +65,8 @@ def multiple_choice(model, tokenizer, tasks):
     for task in tasks:
         prompt = tokenizer.encode_chat(task["messages"])[0]
         pairs += [(prompt, [*tokenizer.encode(" " + choice), end]) for choice in task["choices"]]
+        if (longest := max(len(prompt) + len(choice) for _, choice in pairs[-len(task["choices"]) :])) > model.config.max_seq_len:
+            raise InputError(f"task {task['id']}: {longest} tokens with its longest choice, more than the context {model.config.max_seq_len}")
     scores, hits = iter(score_continuations(model, tokenizer, pairs)), defaultdict(list)
     for task in tasks:
         choices = task["choices"]
@@ -171,9 +173,9 @@ class Answers:
                 file.write("\n" + "\n".join(json.dumps(pair, ensure_ascii=False) for pair in new.items()) + "\n")
 
 
-def best_of_samples(model, tokenizer, tasks, n, seed=0):
-    """{"mean@1", "majority@n", "pass@n"} over n answers sampled for each task, thinking where it can."""
-    prompts = [tokenizer.encode_chat(task["messages"], thinking="think" in task)[0] for task in tasks]
+def best_of_samples(model, tokenizer, tasks, n, thinking, seed):
+    """{"mean@1", "majority@n", "pass@n"} over n answers sampled for each task; thinking: with the think prompt where it has a "think"."""
+    prompts = [tokenizer.encode_chat(task["messages"], thinking=thinking and "think" in task)[0] for task in tasks]
     sampling = with_room(Sampling(temperature=1.0, max_tokens=96, seed=seed), tokenizer, tasks)
     texts = [completion.text for completion in generate(model, tokenizer, prompts, sampling, n)]
     figures = []
@@ -271,7 +273,7 @@ def thinking_switch(tasks, ask):
     return switch
 
 
-def evaluate_stages(run, device, test, documents, samples):
+def evaluate_stages(run, device, test, documents, samples, seed=0):
     """Figures of every evaluated stage of the run, as the dict that report.py shows, and sample chats."""
     report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}, "retrieval": {}}
     chats = ""
@@ -280,20 +282,20 @@ def evaluate_stages(run, device, test, documents, samples):
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)
         kept = Answers(os.path.join(run, "answers.jsonl"), checksum(next(path for path in checkpoints(run, stage) if not fault(path))))
-        plain, thinks = stage in PRETRAINING, stage not in (*PRETRAINING, "sft1")
+        plain, thinks = stage in PRETRAINING, stage not in (*PRETRAINING, "sft1", "pairs")  # which have seen no thought
         ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
         report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
         report["accuracy"][stage] = accuracy(test, [answer for _, answer in ask(test, thinking=thinks)])
         if plain or stage == last:  # a chat's roles take a few tokens of the context
             lengths = [model.config.max_seq_len // 2**i - 8 for i in (3, 2, 1, 0)]
-            report["retrieval"][stage] = retrieval(model, tokenizer, lengths, chat=not plain)
+            report["retrieval"][stage] = retrieval(model, tokenizer, lengths, seed, chat=not plain)
         if not plain and stage == last:
             cut = ask([without_text(task) for task in test], thinking=thinks)
             report["accuracy"]["without text"] = accuracy(test, [answer for _, answer in cut])
             report["thinking"] = thinking_switch(test, ask)
             report["choices"] = multiple_choice(model, tokenizer, test)
             if samples > 1:
-                report["samples"] = best_of_samples(model, tokenizer, test, samples)
+                report["samples"] = best_of_samples(model, tokenizer, test, samples, thinks, seed)
             chats = sample_chats(test, ask)
     return report, chats
 
@@ -309,7 +311,7 @@ def main():
     device = cli.pick_device(args.device)
     test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)
     documents = list(reader.documents(args.data, "general", args.seed, "test"))
-    report, chats = evaluate_stages(args.run, device, test, documents, args.samples)
+    report, chats = evaluate_stages(args.run, device, test, documents, args.samples, args.seed)
     embedded = "embedded tasks: products and phrasings never seen in training"
     report["source"] = embedded if args.tasks.isdecimal() else args.tasks
     report["accuracy"]["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100)))

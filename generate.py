@@ -45,7 +45,8 @@ def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64, stops=(), dr
 
     prompts: lists of token ids (`Tokenizer.encode_chat` makes them) or strings, encoded as ordinary text.
     A completion ends at <|end|> or <|endoftext|>, at one of the strings `stops`, after sampling.max_tokens, or where the context
-    ends. max_rows bounds the rows decoded together, and so the cache: max_rows x (longest prompt and answer) tokens. draft lets
+    ends. max_rows bounds the rows decoded together, and so the cache: max_rows x (longest prompt and answer) tokens, and beside it once
+    each prompt in work that has several answers. draft lets
     the MTP blocks guess ahead, which changes the speed and not the answers. Raises InputError on an empty prompt, one
     that leaves no room in the context, settings out of range, or logits that are not finite.
     """

@@ -16,6 +16,7 @@ import numpy as np
 from checkpoint import LAST, STAGES, write_atomically
 
 plt.rcParams["figure.constrained_layout.use"] = True
+plt.rcParams["text.parse_math"] = False  # a task of the user's may be called "$5 or $10"
 
 
 def stage_losses(metrics):

@@ -24,7 +24,7 @@ from compass import CompassConfig
 from data.dedup import near_duplicates, signature
 from data.reader import read_tasks
 from data.scorers import SCORERS
-from data.tasks import AFTER_DRILLS, CONVERSATIONS, DRILLS, ECOMMERCE, FIRST, LATER, PAIRS, tasks, training
+from data.tasks import AFTER_DRILLS, DRILLS, ECOMMERCE, FIRST, LATER, PAIRS, tasks, training
 from generate import Sampling, generate, load_for_inference, split_thought, with_room
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, model_from, processes, stage_schedule
@@ -44,6 +44,7 @@ EXERCISES = {
 CAPACITY, ROWS = 256, 6  # tokens a packed row, rows a step: many small steps beat few large ones
 WINDOW = (0.1, 0.9)  # alpha, beta: pass rates of reasoning tasks worth training on; the report gives no figures
 DOMAINS = ("e-commerce", "general")
+SHOP = {*ECOMMERCE, "page", "ledger", "shelf"}  # of the first domain; other conversations of data/tasks.py drill words and numbers
 FULL = {"none": (), "e-commerce": DOMAINS[:1], "general": DOMAINS[1:], "all": DOMAINS}
 
 
@@ -164,7 +165,7 @@ class Chats:
         self.samples, self.domains, self.seed, self.packed, self.epoch = [], [], seed, packed, None
         too_long = 0
         for i, (task, thinking) in enumerate(chats):
-            domain = DOMAINS[task.get("task") not in ECOMMERCE and task.get("task") not in CONVERSATIONS]
+            domain = DOMAINS[task.get("task") not in SHOP]
             ids, mask = tokenizer.encode_chat(chat_of(task, thinking), thinking=thinking, full_loss=domain in full)
             if len(ids) > context:
                 too_long += 1

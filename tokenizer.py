@@ -241,7 +241,8 @@ class Tokenizer:
         what copying an answer from a text needs. A last turn that is not the assistant's is followed by
         `<|assistant|>`, ready to generate. thinking=True adds THINK_PROMPT to the system turn and `<think>…</think>` to the
         last answer; older thoughts are never shown. loss_mask[i] is 1 when token i is to be predicted:
-        the assistant's content and its `<|end|>`, or with full_loss every token but the first.
+        the assistant's content and its `<|end|>`, with thinking only the last answer's (the older ones stand there without the thought that
+        was asked for), or with full_loss every token but the first.
         Raises InputError on an unknown role or a message without text.
         """
         messages = list(messages)
@@ -259,7 +260,7 @@ class Tokenizer:
                 thought = self.encode(" " + message["think"])
                 body = [self.special["<think>"], *thought, self.special["</think>"], *body]
             ids += [self.special[f"<|{role}|>"], *body]
-            mask += [0, *[int(role == "assistant")] * len(body)]
+            mask += [0, *[int(role == "assistant" and (not thinking or i == len(messages) - 1))] * len(body)]
         if not messages or messages[-1]["role"] != "assistant":
             ids.append(self.special["<|assistant|>"])
             mask.append(0)

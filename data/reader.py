@@ -88,7 +88,7 @@ def message_faults(messages):
         messages = []
     for message in messages:
         fields = message if isinstance(message, dict) else {}
-        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str):
+        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str) or not fields["content"].strip():
             yield f"a message needs a role ({', '.join(ROLES)}) and a text as content, got {message!r}"
         elif message is messages[-1] and message["role"] != "user":
             yield f"the last message must be the user's, got one of {message['role']}"

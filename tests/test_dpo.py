@@ -281,6 +281,9 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), **changes}))
+    for rounds in (0, 1):
+        with pytest.raises(ValueError, match=f"dpo was begun with more rounds than {rounds}"):
+            tune("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), "resume": True, "rounds": rounds, "beta": 0.1}))
     assert len(starts) == 2  # nothing was sampled in vain
     save_checkpoint(str(tmp_path / "reward" / "step_2.pt"), RewardModel(micro_model), stage="reward", tokenizer_hash="another", step=2)
     with pytest.raises(ValueError, match="is not the one that reward was trained with"):

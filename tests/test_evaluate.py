@@ -5,6 +5,8 @@ import json
 import math
 import random
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ from evaluate import (
     thinking_switch,
 )
 from generate import GREEDY, generate, with_room
-from report import table
+from report import percent_map, save, table
 from tokenizer import Tokenizer
 
 
@@ -72,6 +74,8 @@ def test_multiple_choice_raw_and_per_byte(micro_model, micro_tokenizer, monkeypa
     # -4 / 2 bytes is worse than -13 / 13 bytes: the sum prefers "no", the mean per byte the long one
     monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(-4.0, False), (-13.0, False)])
     assert multiple_choice(micro_model, micro_tokenizer, [task, {"task": "free"}]) == {"t": (0.0, 1.0, 1)}
+    with pytest.raises(ValueError, match=r"task mine-3: \d+ tokens with its longest choice, more than the context 64"):
+        multiple_choice(micro_model, micro_tokenizer, [task, {**task, "id": "mine-3", "choices": ["no", "word " * 64]}])
 
 
 def test_bits_per_byte_by_hand(micro_model, micro_tokenizer):
@@ -198,9 +202,15 @@ def test_samples(micro_model, micro_tokenizer, monkeypatch):
     from generate import Completion
 
     test = [{"task": "t", "messages": [{"role": "user", "content": "?"}], "answer": "7", "scorer": "number"}] * 2
+    test[0] = {**test[0], "think": "6 + 1"}
     texts = ["7", "7", "8", "<think>6 + 1</think> 7", "8", "8", "9", "8"]
-    monkeypatch.setattr("evaluate.generate", lambda *_: [Completion(text, [], [], True) for text in texts])
-    assert best_of_samples(micro_model, micro_tokenizer, test, 4) == {"mean@1": 0.375, "majority@4": 0.5, "pass@4": 0.5}
+    asked = []
+    monkeypatch.setattr("evaluate.generate", lambda *given: asked.append(given) or [Completion(text, [], [], True) for text in texts])
+    for thinking in (True, False):
+        found = best_of_samples(micro_model, micro_tokenizer, test, 4, thinking, 7)
+        assert found == {"mean@1": 0.375, "majority@4": 0.5, "pass@4": 0.5}
+    prompts, seeds = zip(*[(given[2], given[3].seed) for given in asked], strict=True)
+    assert seeds == (7, 7) and len(prompts[0][0]) > len(prompts[1][0]) == len(prompts[0][1])  # the think prompt, where there is a thought
 
 
 def test_a_task_longer_than_the_context_is_named(micro_model, micro_tokenizer):
@@ -217,6 +227,7 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
         {**good, "id": "f", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, {**good, "id": 3},
         {**good, "id": "g", "think": 3}, {**good, "id": "h", "answer": "twelve", "scorer": "number"}, {**good, "id": "i", "answer": "?!"},
         {**good, "id": "j", "choices": ["no", "yes", "yes"]}, '{"messages": [{"role": "user", "content": "\\ud83d"}], "answer": "x"}',
+        {**good, "id": "k", "messages": [{"role": "user", "content": " "}]},
     ]  # fmt: skip
     path = tmp_path / "mine.jsonl"
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
@@ -228,10 +239,17 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
         2: "malformed JSON", 3: "expected a JSON object", 4: 'field "messages"', 5: 'field "answer"', 6: "unknown scorer 'guess'",
         7: "id 'a' is also the id of line 1", 9: "a message needs a role", 10: 'field "choices"', 11: "the last message", 12: 'field "id"',
         13: 'field "think"', 14: "scorer 'number' cannot judge the answer 'twelve'", 15: "scorer 'exact' cannot judge",
-        16: "a choice twice", 17: "malformed JSON", 18: "malformed JSON (not UTF-8 at byte 13",
+        16: "a choice twice", 17: "malformed JSON", 18: "a message needs a role", 19: "malformed JSON (not UTF-8 at byte 13",
     }  # fmt: skip
     assert [int(line.split(":")[0]) for line in found] == list(expected)
     assert all(message in line for line, message in zip(found, expected.values(), strict=True))
+
+
+def test_a_price_in_a_name_is_no_formula(tmp_path):
+    figure, axis = plt.subplots()
+    percent_map(axis, np.ones((1, 1)), ["$%^$"], ["$5 or $10"])
+    save(figure, str(tmp_path / "map.png"))
+    assert (tmp_path / "map.png").stat().st_size > 1000
 
 
 def test_a_bar_in_a_name_stays_inside_its_cell():

@@ -406,8 +406,9 @@ def test_preferences_need_whole_rows(axis, micro_model, micro_tokenizer, tmp_pat
     with pytest.raises(ValueError, match=f"{axis}=2: preferences are trained with dp, ep and tp"):
         reward.processes_with_whole_rows(args)
     monkeypatch.setattr(reward, "processes", lambda args, config_of: (CPU, None))
+    save_checkpoint(str(tmp_path / "drills" / "step_2.pt"), micro_model, step=2, stage="drills", tokenizer_hash=micro_tokenizer.hash)
     device, ranks, _, state = reward.processes_with_whole_rows(args)
-    assert device == CPU and ranks is None and state["step"] == 1
+    assert device == CPU and ranks is None and (state["stage"], state["step"]) == ("drills", 2)  # the last stage of tuning
 
 
 @pytest.mark.parametrize(

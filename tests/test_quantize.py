@@ -330,7 +330,7 @@ def test_reloaded_answers_the_same(method, tmp_path):
     torch.testing.assert_close(reloaded(tokens), here(tokens), rtol=0, atol=0)
     full = model()(tokens)
     assert 1e-4 < (reloaded(tokens) - full).norm() / full.norm() < 0.8
-    rounding = 0.05 if method in ("awq", "rtn") else 0.12  # on a CPU products are in bf16, and packed FP8 leaves activations unrounded
+    rounding = 0.05 if method in ("awq", "rtn") else 0.12  # packed products are summed in bf16, and what FP8 rounds next may tip over
     assert (reloaded(tokens) - quantized(method)(tokens)).norm() < rounding * full.norm()
 
 

@@ -1,5 +1,6 @@
 """reward.py: the loss in closed form, averages of weights, Best-of-N against drawing subsets."""
 
+import copy
 import itertools
 import json
 import math
@@ -121,12 +122,16 @@ def test_rewards_keep_their_order_and_accuracy_counts_the_chosen(micro_model, mi
 
 
 def test_the_average_of_the_members_is_saved(micro_model, tmp_path):
-    members = [RewardModel(micro_model, seed) for seed in (0, 1, 2)]
+    members = [RewardModel(copy.deepcopy(micro_model), seed) for seed in (0, 1, 2)]
+    for member in members:
+        torch.nn.init.normal_(member.backbone.blocks[0].attention.qkv.weight)
     for i, member in enumerate(members):
         save_checkpoint(str(tmp_path / f"reward/{i}" / "step_7.pt"), member, step=7, stage=f"reward/{i}", tokenizer_hash="", seed=0)
     average_members(str(tmp_path), [f"reward/{i}" for i in range(3)], torch.device("cpu"), 0)
     model, state = load_reward_model(str(tmp_path), torch.device("cpu"))
-    torch.testing.assert_close(model.value.weight, sum(member.value.weight for member in members) / 3)
+    averaged, parts = model.state_dict(), [member.state_dict() for member in members]
+    for name in ("value.weight", "backbone.blocks.0.attention.qkv.weight", "backbone.norm.weight"):
+        torch.testing.assert_close(averaged[name], sum(part[name] for part in parts) / 3)
     assert state["step"] == 7 and not torch.equal(model.value.weight, members[0].value.weight)
 
 

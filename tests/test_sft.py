@@ -15,7 +15,7 @@ import torch
 from compass import CONFIGS
 from data import general as data_general
 from data.preferences import preferences
-from data.tasks import AFTER_DRILLS, LATER, tasks
+from data.tasks import AFTER_DRILLS, FIRST, LATER, tasks, training
 from parallel import Layout, Ranks, parallelize
 from reward import Pairs, encode_pairs
 from sft import CAPACITY, FULL, ROWS, Chats, collate, curriculum, decontaminated, length_buckets, pack, pass_rates, sft_loss
@@ -153,11 +153,11 @@ def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer):
 
 
 def test_mixed_loss_trains_on_whole_conversations_of_its_domain(micro_tokenizer):
-    examples = [(task, False) for task in tasks("train", 0, 1)]
+    examples = [(task, False) for task in tasks("train", 0, 1) + training(0, 20, FIRST, 4)]
     answers, mixed = (Chats(examples, micro_tokenizer, 1024, 0, full=FULL[name]) for name in ("none", "e-commerce"))
     for (task, _), (ids, mask), (_, mixed_mask), domain in zip(examples, answers.samples, mixed.samples, mixed.domains, strict=True):
         full, mask, mixed_mask = [0] + [1] * (len(ids) - 1), mask.tolist(), mixed_mask.tolist()
-        assert domain == (task["task"] in data_general.TASKS or task["task"] == "mathematics")
+        assert domain == (task["task"] in data_general.TASKS or task["task"] in ("mathematics", "echo"))
         assert mixed_mask == (full if domain == 0 else mask) and mask != full
 
 

@@ -118,7 +118,7 @@ def test_chat_mask_marks_what_the_assistant_says(tokenizer):
     trained = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert trained == " yes<|end|> no<|end|>"
     ids, mask = tokenizer.encode_chat(messages, thinking=True)
-    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == " yes<|end|><think> new</think> no<|end|>"
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "<think> new</think> no<|end|>"
     assert "old" not in tokenizer.decode(ids) and tokenizer.decode(ids).startswith("<|system|> Think")
     ids, mask = tokenizer.encode_chat(messages, full_loss=True)
     assert mask == [0] + [1] * (len(ids) - 1)

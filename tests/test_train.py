@@ -235,6 +235,8 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows,
     os.remove(older)
     with pytest.raises(ValueError, match="holds no intact checkpoint: delete that folder and run `python train.py --run"):
         load_latest(tmp_path, "general")
+    with pytest.raises(ValueError, match="nonsense not found; the stages are general, "):
+        load_latest(tmp_path, "nonsense")
 
 
 def test_full_disk_leaves_the_old_checkpoint(micro_model, tmp_path, monkeypatch):
