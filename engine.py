@@ -47,7 +47,8 @@ class Sampling:
         checks = {
             "max_tokens": (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number of at least 1"),
             "temperature": (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"), "0 or at least 1e-6"),
-            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0"), "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "repetition": (0 < self.repetition < float("inf"), "above 0 and finite"),
             "think_budget": (self.think_budget is None or self.think_budget >= 0, "at least 0"),
         }  # fmt: skip

@@ -66,7 +66,7 @@ def multiple_choice(model, tokenizer, tasks):
         prompt = tokenizer.encode_chat(task["messages"])[0]
         pairs += [(prompt, [*tokenizer.encode(" " + choice), end]) for choice in task["choices"]]
         if (longest := max(len(prompt) + len(choice) for _, choice in pairs[-len(task["choices"]) :])) > model.config.max_seq_len:
-            raise InputError(f"task {task['id']}: {longest} tokens with its longest choice, more than the context {model.config.max_seq_len}")
+            raise InputError(f"task {task['id']}: {longest} tokens with its longest choice, the context has {model.config.max_seq_len}")
     scores, hits = iter(score_continuations(model, tokenizer, pairs)), defaultdict(list)
     for task in tasks:
         choices = task["choices"]

@@ -134,7 +134,7 @@ def main():
     config = CONFIGS["tiny"]
     torch.manual_seed(0)
     layer = MoE(config)
-    init_weights(layer, config.n_layers)
+    init_weights(layer, config)
     x_BTD = torch.randn(4, 256, config.dim)
     y_BTD, logits_NE, index_NK = layer(x_BTD)
     print(f"x {tuple(x_BTD.shape)} -> y {tuple(y_BTD.shape)}, {config.n_experts} experts, top-{config.top_k}")

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cli
 from cli import InputError
-from compass import Compass, attend, document_mask, init_parameter
+from compass import Compass, attend, document_mask, first_head, init_parameter
 from kernels import move_rows, sort_by_expert
 from moe import MoE, grouped_swiglu
 from pipeline import Pipeline
@@ -326,8 +326,10 @@ def initialise(model, seed):
     parameter exists whole for a moment."""
     orders = packed_orders(model)
     for name, p in model.named_parameters():
-        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        whole = init_parameter(name, torch.empty(p.shape, device=p.device), model.config.n_layers)
+        head = name == "head.weight"  # made from the embedding, which another pipeline stage may hold
+        torch.manual_seed(zlib.crc32(f"{seed} {'embedding.weight' if head else name}".encode()))
+        whole = init_parameter(name, torch.empty(p.shape, device=p.device), model.config)
+        whole = first_head(whole) if head else whole
         p.copy_(sharded_like(whole, p, orders.get(name)))
     return model
 

@@ -31,10 +31,10 @@ from train import Schedule, assemble, fit_stage, for_width, logged, losses_of, m
 
 # stage -> (the stages it may start from, the first that is there is taken; schedule). v3's pre-training ends with mtp, v2's with long
 STAGES = {
-    "sft1": (("mtp", "long"), Schedule(3900, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
+    "sft1": (("mtp", "long"), Schedule(2200, 2e-3, 1e-4, 30, (0.1, 0.1), beta2=0.99)),
     "pairs": (("sft1",), Schedule(600, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
     "drills": (("pairs", "sft1"), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
-    "sft2": (("drills", "pairs", "sft1"), Schedule(2500, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
+    "sft2": (("drills", "pairs", "sft1"), Schedule(4000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
 # shares and phrasings, see data/tasks.py: first the tasks, then more ways of asking for them, in a long training all of them

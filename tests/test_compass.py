@@ -92,7 +92,18 @@ def test_chunked_loss_under_autocast():
 )  # fmt: skip
 def test_first_weights_of_four_layers(name, shape, std):
     torch.manual_seed(0)
-    assert init_parameter(name, torch.empty(shape), 4).std().item() == pytest.approx(std, rel=0.03)
+    config = dataclasses.replace(CONFIGS["tiny"], n_layers=4, dim=256, n_heads=4, n_kv_heads=2, head_dim=8)
+    assert init_parameter(name, torch.empty(shape), config).std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_queries_begin_near_their_keys_and_the_head_as_the_embedding_turned():
+    torch.manual_seed(0)
+    model = Compass(CONFIGS["tiny"])
+    q_GHCD, k_GHCD, _ = (x.unflatten(0, (4, -1)) for x in model.blocks[1].attention.qkv.weight.view(16, 32, 128).split((8, 4, 4)))
+    assert F.cosine_similarity(q_GHCD, k_GHCD, -1).mean().item() == pytest.approx(0.5, abs=0.02)  # 4 groups of 2 heads
+    assert F.cosine_similarity(q_GHCD, k_GHCD.roll(1, 0), -1).mean().item() == pytest.approx(0, abs=0.02)
+    embedding, head = model.embedding.weight, model.head.weight
+    assert torch.equal(head, torch.cat((embedding[:, 64:], embedding[:, :64]), 1)) and head.data_ptr() != embedding.data_ptr()
 
 
 def packed_and_alone(model):

@@ -239,7 +239,8 @@ def test_a_thousand_requests(micro_model, micro_tokenizer):
 def test_settings_out_of_range_are_named(micro_model, micro_tokenizer):
     engine = Engine(micro_model, micro_tokenizer, rows=1)
     faults = {
-        "temperature": (-0.1, float("nan"), 1e-38), "top_k": (-1, 0.5), "top_p": (0.0, 1.1, float("nan")), "repetition": (0.0, float("inf")),
+        "temperature": (-0.1, float("nan"), 1e-38), "top_k": (-1, 0.5), "top_p": (0.0, 1.1, float("nan")),
+        "repetition": (0.0, float("inf")),
         "max_tokens": (0, 2.5), "think_budget": (-1,),
     }  # fmt: skip
     for name, values in faults.items():

@@ -74,7 +74,7 @@ def test_multiple_choice_raw_and_per_byte(micro_model, micro_tokenizer, monkeypa
     # -4 / 2 bytes is worse than -13 / 13 bytes: the sum prefers "no", the mean per byte the long one
     monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(-4.0, False), (-13.0, False)])
     assert multiple_choice(micro_model, micro_tokenizer, [task, {"task": "free"}]) == {"t": (0.0, 1.0, 1)}
-    with pytest.raises(ValueError, match=r"task mine-3: \d+ tokens with its longest choice, more than the context 64"):
+    with pytest.raises(ValueError, match=r"task mine-3: \d+ tokens with its longest choice, the context has 64"):
         multiple_choice(micro_model, micro_tokenizer, [task, {**task, "id": "mine-3", "choices": ["no", "word " * 64]}])
 
 

@@ -30,7 +30,7 @@ def make_layer(config, n_experts=4, top_k=2):
     torch.manual_seed(1)
     config.n_experts, config.top_k = n_experts, top_k
     layer = MoE(config)
-    init_weights(layer, 2)
+    init_weights(layer, config)
     return layer
 
 

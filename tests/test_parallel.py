@@ -23,7 +23,7 @@ import reward
 import sft
 from checkpoint import checkpoints, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from cli import InputError
-from compass import CONFIGS, Compass, count_parameters
+from compass import CONFIGS, Compass, count_parameters, first_head
 from data import market
 from dpo import add_reference, dpo_objective
 from otpo import otpo_objective
@@ -193,8 +193,9 @@ def two_ranks(folder):
     torch.save(whole(model), f"{folder}/of a file.pt")
     torch.save(full_disk(folder), f"{folder}/full{dist.get_rank()}.pt")
     torch.save(rows_that_do_not_fit(), f"{folder}/rows.pt")
-    seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(Layout(**{axis: 2}), "cpu"), CPU, False), 7)) for axis in ("ep", "tp")]
-    torch.save(seeded, f"{folder}/seeded.pt")
+    halves = [Layout(**{axis: 2}) for axis in ("ep", "tp", "pp")]
+    seeded = [whole(initialise(parallel.build(MODELS["tiny"], Ranks(layout, "cpu"), CPU, False), 7)) for layout in halves]
+    torch.save(seeded, f"{folder}/seeded{dist.get_rank()}.pt")
 
 
 def full_disk(folder):
@@ -363,8 +364,11 @@ def test_a_non_finite_gradient_of_one_rank_skips_the_step_on_all(folder):
 
 
 def test_first_weights_do_not_depend_on_the_layout(folder):
-    by_ep, by_tp = torch.load(f"{folder}/seeded.pt")
-    assert all(torch.equal(by_ep[name], by_tp[name]) for name in by_ep)
+    by_ep, by_tp, first = torch.load(f"{folder}/seeded0.pt")
+    *_, second = torch.load(f"{folder}/seeded1.pt")
+    assert by_ep.keys() == by_tp.keys() == {**first, **second}.keys() and not first.keys() & second.keys()
+    assert all(torch.equal(by_ep[name], x[name]) for x in (by_tp, first, second) for name in x)
+    assert torch.equal(by_ep["head.weight"], first_head(by_ep["embedding.weight"]))
     width = by_ep["blocks.0.attention.qkv.weight"].std().item() * MODELS["tiny"].dim ** 0.5
     assert width == pytest.approx(1, abs=0.1) and by_ep["norm.weight"].eq(1).all()
 
