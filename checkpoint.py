@@ -56,14 +56,16 @@ def write_atomically(path, content):
         raise InputError(f"{path}: could not be written ({error.strerror}); the earlier checkpoints are intact") from None
 
 
-def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", base="", tokenizer_hash="", seed=0):
-    """Save model, config, optimizer and where the run stands, at `step` of `planned`, in a stage that began from the stage `base`."""
+def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", base="", tokenizer_hash="", seed=0, data=0):
+    """Save model, config, optimizer and where the run stands, at `step` of `planned`, in a stage that began from the stage `base`, on
+    data whose first row has the checksum `data`."""
     buffer = io.BytesIO()
     torch.save(
         {
             "model": model.state_dict(), "config": dataclasses.asdict(model.config),
             "optimizer": optimizer.state_dict() if optimizer else None,
             "step": step, "planned": planned, "stage": stage, "base": base, "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "data": data,
         },
         buffer,
     )  # fmt: skip
@@ -74,7 +76,7 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="",
 
 
 def load_checkpoint(path, device="cpu", weights=True):
-    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, planned, stage, base, tokenizer_hash, seed.
+    """Return the dict that `save_checkpoint` wrote: model, config, optimizer, step, planned, stage, base, tokenizer_hash, seed, data.
 
     A folder of shards, which many ranks wrote (resharding.save_shards), is put together to the same dict; without `weights` only what
     is small is read of it. Raises InputError naming the file when it is missing, torn (checksum) or not one of ours.
@@ -112,11 +114,8 @@ def file_sha256(path):
 def verify_shards(path, files):
     """Compare files of a checkpoint folder with the manifest's checksums."""
     for name, expected in files:
-        try:
-            found = file_sha256(os.path.join(path, name))
-        except FileNotFoundError:
-            found = None
-        if found != expected:
+        file = os.path.join(path, name)
+        if not os.path.exists(file) or file_sha256(file) != expected:
             raise InputError(f"{path} is torn or foreign: the checksum of {name} does not match its content")
 
 

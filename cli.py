@@ -9,6 +9,7 @@ anything else is our bug and keeps its traceback.
 import argparse
 import os
 import sys
+from concurrent.futures import BrokenExecutor
 
 FLAGS = {
     "config": dict(default="tiny", help="model size: a name in compass.CONFIGS"),
@@ -38,8 +39,8 @@ def parse(doc, *names, argv=None, **extra):
         parser.add_argument(name if "nargs" in settings else f"--{name}", **settings)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := int(name not in MAY_BE_ZERO)):
-            parser.error(f"--{name} is {value}, must be at least {least}")
+        if type(value) is int and not (least := int(name not in MAY_BE_ZERO)) <= value < 2**63:
+            parser.error(f"--{name} is {value}, must be at least {least}" + " and below 2^63" * (value > least))
     return args
 
 
@@ -62,7 +63,7 @@ def run(main):
     script = os.path.basename(sys.argv[0])
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, BrokenExecutor) as error:  # the last: a worker process was killed, perhaps for want of memory
         if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's ranks with the same input one complains
             print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -34,9 +34,7 @@ def use_triton(x):
 
 def inverse(order_R):
     """The inverse of a permutation."""
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    return inverse_R
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
 def count_assignments(expert_index, num_experts):

@@ -188,9 +188,8 @@ def with_quantized(config, weights, tensors):
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise InputError(f"quantized checkpoint: tensor {name} has shape {tuple(tensor.shape)}, need {tuple(shapes[name])}")
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    return model.eval()
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def load_quantized(state, device="cpu"):

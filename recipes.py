@@ -50,52 +50,41 @@ class Recipe(NamedTuple):
     recompute: bool = False
 
 
-def _recipes(context, long_context, rows, micro_rows, steps, warmup, peak, long_rows, beta2=0.95, recompute=False):
-    """general, anneal, long: rates 1 -> 0.1, 0.5 -> 0.1, 0.1 of the peak; batches of rows, 1.5 rows and long_rows (the report's: 0.375
-    rows). micro_rows: of context, of long_context."""
-    general, anneal, long = steps
-    schedules = (
-        Schedule(general, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2),
-        Schedule(anneal, peak / 2, peak / 10, warmup[1], (0.1, 0.1), beta2=beta2),
-        Schedule(long, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2),
-    )
-    return {
-        "general": Recipe(context, rows, micro_rows[0], schedules[0], recompute=recompute),
-        "anneal": Recipe(context, rows * 3 // 2, micro_rows[0], schedules[1], recompute=recompute),
-        "long": Recipe(long_context, long_rows, micro_rows[1], schedules[2], 1e6, recompute),
-    }
-
-
-def _recipes_v3(contexts, rows, micro_rows, steps, warmup, peak, beta2=0.95, recompute=False):
-    """v3's stages: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved.
-
-    contexts: of general, market and reasoning; of extend; of long and mtp. rows, micro_rows: of the same. The report names the stages
-    and the contexts 8K and 32K -> 128K; rates follow v2's proportions, and the MTP block learns in every second step of the last.
-    """
-    fixed = Schedule(0, peak / 10, peak / 10, 0, (0.1, 0.1), beta2=beta2, mtp_every=0)
-    schedules = {
-        "general": Schedule(0, peak, peak / 10, warmup[0], (1.0, 0.1), beta2=beta2, mtp_every=0),
-        "market": Schedule(0, peak / 2, peak / 10, warmup[1], (0.1, 0.1), beta2=beta2, mtp_every=0),
-        "reasoning": fixed, "extend": fixed, "long": fixed, "mtp": fixed._replace(mtp_every=2),
-    }  # fmt: skip
-    shapes = [0, 0, 0, 1, 2, 2]
-    return {
-        stage: Recipe(contexts[i], rows[i], micro_rows[i], schedule._replace(steps=n), (1e4, 1e6, 1e7)[i], recompute)
-        for (stage, schedule), n, i in zip(schedules.items(), steps, shapes, strict=True)
-    }
-
-
+# {config: {stage: Recipe}}. v2: rates 1 -> 0.1, 0.5 -> 0.1, 0.1 of the peak; batches of rows, 1.5 rows and 0.375 rows. v3: general,
+# e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved, in every second step of the
+# last; the report names these stages and the contexts 8K and 32K -> 128K, rates follow v2's proportions.
 RECIPES = {
-    "tiny": _recipes(256, 1024, 8, (12, 3), (250, 100, 30), (25, 15), 3e-3, 3, 0.99),
-    "tiny_v3": _recipes_v3((256, 512, 1024), (8, 5, 3), (8, 5, 3), (250, 80, 40, 20, 20, 40), (25, 15), 3e-3, 0.99),
-    "small": _recipes(4096, 32768, 256, (4, 1), (20_000, 6000, 400), (600, 200), 6e-4, 24, recompute=True),
-    # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
-    "v2_30b": _recipes(4096, 32768, 5760, (6, 3), (339_084, 113_028, 2200), (3000, 2000), 3e-4, 2160, recompute=True),
-    # batches that 512 GPUs can share, of 50M and 67M tokens; 8T, 4T, 0.5T, then 74B in each step of the long context and 0.13T
-    "v3_245b": _recipes_v3(
-        (8192, 32_768, 131_072), (6144, 2048, 512), (2, 1, 1), (158_946, 79_473, 9_934, 1100, 1100, 2000), (3000, 2000), 3e-4,
-        recompute=True,
-    ),  # fmt: skip
+    "tiny": {
+        "general": Recipe(256, 8, 12, Schedule(250, 3e-3, 3e-3 / 10, 25, (1.0, 0.1), beta2=0.99)),
+        "anneal": Recipe(256, 12, 12, Schedule(100, 3e-3 / 2, 3e-3 / 10, 15, (0.1, 0.1), beta2=0.99)),
+        "long": Recipe(1024, 3, 3, Schedule(30, 3e-3 / 10, 3e-3 / 10, 0, (0.1, 0.1), beta2=0.99), 1e6),
+    },
+    "tiny_v3": {
+        "general": Recipe(256, 8, 8, Schedule(250, 3e-3, 3e-3 / 10, 25, (1.0, 0.1), beta2=0.99, mtp_every=0)),
+        "market": Recipe(256, 8, 8, Schedule(80, 3e-3 / 2, 3e-3 / 10, 15, (0.1, 0.1), beta2=0.99, mtp_every=0)),
+        "reasoning": Recipe(256, 8, 8, Schedule(40, 3e-3 / 10, 3e-3 / 10, 0, (0.1, 0.1), beta2=0.99, mtp_every=0)),
+        "extend": Recipe(512, 5, 5, Schedule(20, 3e-3 / 10, 3e-3 / 10, 0, (0.1, 0.1), beta2=0.99, mtp_every=0), 1e6),
+        "long": Recipe(1024, 3, 3, Schedule(20, 3e-3 / 10, 3e-3 / 10, 0, (0.1, 0.1), beta2=0.99, mtp_every=0), 1e7),
+        "mtp": Recipe(1024, 3, 3, Schedule(40, 3e-3 / 10, 3e-3 / 10, 0, (0.1, 0.1), beta2=0.99, mtp_every=2), 1e7),
+    },
+    "small": {
+        "general": Recipe(4096, 256, 4, Schedule(20_000, 6e-4, 6e-5, 600, (1.0, 0.1)), recompute=True),
+        "anneal": Recipe(4096, 384, 4, Schedule(6000, 3e-4, 6e-5, 200, (0.1, 0.1)), recompute=True),
+        "long": Recipe(32_768, 24, 1, Schedule(400, 6e-5, 6e-5, 0, (0.1, 0.1)), 1e6, recompute=True),
+    },
+    "v2_30b": {  # 8T tokens / (5760 x 4096), 4T / (8640 x 4096), and 2200 steps of 2160 x 32768
+        "general": Recipe(4096, 5760, 6, Schedule(339_084, 3e-4, 3e-5, 3000, (1.0, 0.1)), recompute=True),
+        "anneal": Recipe(4096, 8640, 6, Schedule(113_028, 1.5e-4, 3e-5, 2000, (0.1, 0.1)), recompute=True),
+        "long": Recipe(32_768, 2160, 3, Schedule(2200, 3e-5, 3e-5, 0, (0.1, 0.1)), 1e6, recompute=True),
+    },
+    "v3_245b": {  # batches that 512 GPUs can share, of 50M and 67M tokens; 8T, 4T, 0.5T, then 74B in each step of the long context, 0.13T
+        "general": Recipe(8192, 6144, 2, Schedule(158_946, 3e-4, 3e-5, 3000, (1.0, 0.1), mtp_every=0), recompute=True),
+        "market": Recipe(8192, 6144, 2, Schedule(79_473, 1.5e-4, 3e-5, 2000, (0.1, 0.1), mtp_every=0), recompute=True),
+        "reasoning": Recipe(8192, 6144, 2, Schedule(9_934, 3e-5, 3e-5, 0, (0.1, 0.1), mtp_every=0), recompute=True),
+        "extend": Recipe(32_768, 2048, 1, Schedule(1100, 3e-5, 3e-5, 0, (0.1, 0.1), mtp_every=0), 1e6, recompute=True),
+        "long": Recipe(131_072, 512, 1, Schedule(1100, 3e-5, 3e-5, 0, (0.1, 0.1), mtp_every=0), 1e7, recompute=True),
+        "mtp": Recipe(131_072, 512, 1, Schedule(2000, 3e-5, 3e-5, 0, (0.1, 0.1), mtp_every=2), 1e7, recompute=True),
+    },
 }
 
 

@@ -37,7 +37,7 @@ def tensors_of(model, optimizer):
     return tensors
 
 
-def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", tokenizer_hash="", seed=0):
+def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", tokenizer_hash="", seed=0, data=0):
     """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file."""
     orders, temporary = packed_orders(model), path + ".tmp"
     tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
@@ -59,7 +59,7 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", toke
         by_decay = {g["weight_decay"]: {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups}
         manifest = {
             "config": dataclasses.asdict(model.config), "step": step, "planned": planned, "stage": stage, "base": base,
-            "tokenizer_hash": tokenizer_hash, "seed": seed,
+            "tokenizer_hash": tokenizer_hash, "seed": seed, "data": data,
             "names": names_of(model), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
             "optimizer_steps": steps, "files": files,
         }  # fmt: skip

@@ -220,10 +220,12 @@ class Tokenizer:
         with open(file, encoding="utf-8") as lines:
             try:
                 settings = json.load(lines)
-                pattern, special_tokens = settings["pattern"], settings["special_tokens"]
+                tokenizer = cls(ranks, settings["pattern"], settings["special_tokens"])
+                if not tokenizer.special.keys() >= set(SPECIAL_TOKENS):
+                    raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{file}: not what `Tokenizer.save` wrote (a torn file?)") from None
-        return cls(ranks, pattern, special_tokens)
+        return tokenizer
 
     def encode(self, text):
         """Ids of `text` as ordinary text: no text can form a special token."""
@@ -281,7 +283,7 @@ def train(documents, vocab_size, split=SPLIT):
             if document["lang"] in languages or (part == "main" and document["lang"] is None):
                 texts[part].append(document["text"])
     if not texts:
-        raise InputError(f"no text in any of the languages {', '.join(MAIN + EUROPEAN)}")
+        raise InputError(f"no text to train on in any of the languages {', '.join(MAIN + EUROPEAN)} (every twentieth document is held out)")
     tables = []
     for part, share in zip(SUB_TOKENIZERS, split, strict=True):
         if part not in texts:

@@ -198,18 +198,22 @@ def _accumulate(model, micro_batches, shares, loss_fn, device):
 def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200, watch=None):
     """Train `model` in place and leave <run>/<stage>/step_N.pt and metrics.jsonl behind.
 
-    batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function
-    of the step. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss
-    or gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
+    batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function of the step, and a stage is
+    not resumed on other data. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss or
+    gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
     watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
     every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
     ranks, device, optimizer, start = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
+    first = batches(0)[0]
+    data = zlib.crc32(first["tokens"][0][first["doc_ids"][0] >= 0].numpy().tobytes())  # of a row: more ranks may take more rows a step
     if ranks.several:
         import resharding  # takes a second, which a single process need not wait for
     if begun(run, stage, resume):
         state = load_latest(run, stage, weights=not ranks.several)
         refuse_another(state, model, tokenizer_hash)
+        if state.get("data") not in (None, data):
+            raise InputError(f"{run}/{stage} was begun on other data: say --data as then, or name another --run")
         if ranks.several:
             resharding.restore(state["path"], model, optimizer)
         elif state["optimizer"] is None:
@@ -226,7 +230,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     def save(step):
         path = os.path.join(run, stage, f"step_{step}.pt")
         write = resharding.save_shards if ranks.several else save_checkpoint
-        known = dict(planned=schedule.steps, base=schedule.base, tokenizer_hash=tokenizer_hash, seed=seed)
+        known = dict(planned=schedule.steps, base=schedule.base, tokenizer_hash=tokenizer_hash, seed=seed, data=data)
         write(path, model, optimizer=optimizer, step=step, stage=stage, **known)
         if ranks.writes:
             prune(run, stage)
@@ -280,6 +284,8 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             if stopping:
                 bar.write(f"{stage}: SIGTERM, saved at step {done}; go on with --resume")
                 raise SystemExit(0)
+        if ranks.agree(bool(asked)):  # while the stage was saved for the last time
+            raise SystemExit(0)
     return model
 
 

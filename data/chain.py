@@ -65,6 +65,18 @@ def _process(step, job):
     os.replace(target + ".part", target)
 
 
+def read_object(path, *needed):
+    """A JSON object that the chain wrote. Raises InputError where it is none, or lacks a field that is needed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(needed):
+        raise InputError(f"{path}: damaged, or not written by the corpus chain")
+    return value
+
+
 def claim(out, paths, **settings):
     """Make the output folder of a step; one that holds finished files of another step, settings or input is an error.
 
@@ -75,8 +87,7 @@ def claim(out, paths, **settings):
     settings["input"] = now = {p: [stat.st_size, stat.st_mtime_ns] for p, stat in stats.items()}
     finished, before = {name for name in os.listdir(out) if name.endswith((".jsonl", ".ends"))}, {}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
+        before = read_object(path, "input")
     if finished and settings["step"] != "dedup" and before.get("input", {}).keys() == now.keys():
         for p in now:
             if finished.isdisjoint((output_name(os.path.basename(p)), os.path.basename(p) + ".ends")):
@@ -124,8 +135,7 @@ def report_of(folder):
     paths = [os.path.join(folder, name, "report.json") for name in sorted(os.listdir(folder))]
     reports = []
     for path in filter(os.path.exists, paths):
-        with open(path, encoding="utf-8") as file:
-            report = json.load(file)
+        report = read_object(path)
         if "step" in report:  # a run's report has none
             reports.append(report)
     if not reports:

@@ -7,6 +7,7 @@ pyarrow). One output .jsonl for each input file, one {"text", "lang"?, "source"}
     python -m data.chain --step extract --data crawl --out corpus/1-extract
 """
 
+import codecs
 import html
 import json
 import os
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
 
 from cli import InputError
-from data.reader import CODES, files_in, opened, read_jsonl, read_text
+from data.reader import CODES, files_in, opened, printable, read_jsonl, read_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".wet", ".wet.gz", ".parquet")
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
@@ -75,9 +76,11 @@ def html_to_text(page):
 
 
 def decode_html(raw, declared=None):
-    """Bytes to text that UTF-8 can hold: the declared charset, else the page's own <meta charset>, else UTF-8; never fails."""
+    """Bytes to text that UTF-8 can hold, never fails: UTF-16 by its mark, else the declared charset, the page's <meta charset>, UTF-8."""
     meta = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
     name = declared or (meta[1].decode() if meta else "utf-8")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        name = "utf-16"
     try:
         text = raw.decode(name, errors="replace")
     except (LookupError, UnicodeError):  # unknown, or one that is no charset of pages, such as idna
@@ -191,11 +194,12 @@ def read_parquet(path):
     while True:
         try:
             batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
+            rows = batch.to_pylist() if batch is not None else ()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: damaged behind row {number} ({error})") from None
         if batch is None:
             return
-        for row in batch.to_pylist():
+        for row in rows:
             number += 1  # an empty cell is an empty text, and counted as one
             yield checked({"text": "", **{name: value for name, value in row.items() if value is not None}}, f"{path}: row {number}")
 
@@ -203,7 +207,7 @@ def read_parquet(path):
 def documents_of(path):
     """Yield the documents of one file by its ending: {"text", "lang"?, "source"?}; th.jsonl and th.txt are labelled th where a line
     is not."""
-    stem, name = os.path.basename(path).split(".")[0], os.path.basename(path).lower()
+    stem, name = printable(os.path.basename(path)).split(".")[0], os.path.basename(path).lower()
     if name.endswith(".txt"):
         yield {"text": read_text(path), "source": stem, **({"lang": stem} if stem in CODES else {})}
     elif name.endswith((".jsonl", ".jsonl.gz")):

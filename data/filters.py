@@ -39,8 +39,14 @@ def kind_of(document):
 
 
 def without_boilerplate(text):
-    """The text without short lines that every site repeats."""
-    return "\n".join(line for line in text.split("\n") if len(line) > 80 or not BOILERPLATE.search(line))
+    """The text without short lines that every site repeats. A line of wrapped prose, which begins or goes on in lower case, stays."""
+    lines = text.split("\n")
+
+    def cut(i, line):
+        wrapped = len(line) > 40 and any(near[:1].islower() for near in lines[i : i + 2])
+        return len(line) <= 80 and not wrapped and BOILERPLATE.search(line)
+
+    return "\n".join(line for i, line in enumerate(lines) if not cut(i, line))
 
 
 def fault_of_prose(text):
@@ -89,7 +95,7 @@ def step(documents, counts, source):
         if kind == "prose":
             text = without_boilerplate(text)
             counts["boilerplate lines cut"] += document["text"].count("\n") - text.count("\n")
-        fault = FAULTS[kind](text)
+        fault = FAULTS[kind](text) if text.strip() else "empty"
         if fault:
             counts[f"removed: {kind}, {fault}"] += 1
         else:

@@ -176,8 +176,14 @@ def files_in(folder, endings):
     return found
 
 
+def printable(name):
+    """A file's name as text that UTF-8 can hold, whatever its bytes."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def listed(names):
     """How many, and the first five."""
+    names = list(map(printable, names))
     return f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
 
 

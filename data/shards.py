@@ -77,17 +77,21 @@ class Shards:
         path = os.path.join(folder, INDEX)
         if not os.path.exists(path):
             raise InputError(f"{path} not found: the shards are not finished; run `python -m data.shards` to its end")
-        with open(path, encoding="utf-8") as file:
-            index = json.load(file)
-        if index["tokenizer_hash"] != tokenizer.hash:
-            raise InputError(f"{folder}: shards of another tokenizer ({index['tokenizer_hash'][:12]}, this run has {tokenizer.hash[:12]})")
+        try:
+            with open(path, encoding="utf-8") as file:
+                index = json.load(file)
+            found, shards = index["tokenizer_hash"], [(shard["name"], shard["documents"], shard["tokens"]) for shard in index["shards"]]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: not what `python -m data.shards` wrote") from None
+        if found != tokenizer.hash:
+            raise InputError(f"{folder}: shards of another tokenizer ({found[:12]}, this run has {tokenizer.hash[:12]})")
         self.tokens, self.ends = [], []
-        for shard in index["shards"]:
-            name = os.path.join(folder, shard["name"])
-            if os.path.getsize(name + ".tokens") != 4 * shard["tokens"]:
-                raise InputError(f"{name}.tokens: {os.path.getsize(name + '.tokens')} bytes, expected {4 * shard['tokens']} (a torn file?)")
+        for name, documents, tokens in shards:
+            name = os.path.join(folder, name)
+            if os.path.getsize(name + ".tokens") != 4 * tokens:
+                raise InputError(f"{name}.tokens: {os.path.getsize(name + '.tokens')} bytes, expected {4 * tokens} (a torn file?)")
             ends = np.fromfile(name + ".ends", "<i8")
-            if len(ends) != shard["documents"] or ends[-1] != shard["tokens"]:
+            if len(ends) != documents or ends[-1] != tokens:
                 raise InputError(f"{name}.ends: does not fit {INDEX} (a torn file?)")
             self.tokens.append(np.memmap(name + ".tokens", "<u4", mode="r"))
             self.ends.append(ends)

@@ -138,7 +138,7 @@ def test_every_script_explains_itself(script):
     assert "30.13B" in script("compass.py").stdout
 
 
-@pytest.mark.parametrize("flag,value", [("seed", -1), ("steps", 0), ("samples", 0), ("gpus", -8)])
+@pytest.mark.parametrize("flag,value", [("seed", -1), ("seed", 2**63), ("steps", 0), ("samples", 0), ("gpus", -8)])
 def test_numbers_out_of_range_are_refused(flag, value, capsys):
     with pytest.raises(SystemExit):
         extra = {} if flag in cli.FLAGS else {flag: dict(type=int, default=1)}

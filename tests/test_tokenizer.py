@@ -1,5 +1,6 @@
 """tokenizer.py against an obviously correct trainer, tiktoken, and bytes that are no text."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -151,7 +152,8 @@ def test_save_load_and_torn_files(tokenizer, tmp_path):
         Tokenizer.load(str(tmp_path))
     tokenizer.save(tmp_path)
     settings = (tmp_path / "tokenizer.json").read_text()
-    for torn in (settings[:40], "{}", "[]"):
+    wrong = [{"pattern": 5}, {"pattern": "("}, {"special_tokens": 5}, {"special_tokens": ["<|end|>"]}]
+    for torn in (settings[:40], "{}", "[]", *(json.dumps({**json.loads(settings), **fields}) for fields in wrong)):
         (tmp_path / "tokenizer.json").write_text(torn)
         with pytest.raises(ValueError, match="tokenizer.json: not what `Tokenizer.save` wrote"):
             Tokenizer.load(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +21,19 @@ import resharding
 from checkpoint import checkpoints, inherit, load_checkpoint, load_latest, read_metrics, save_checkpoint
 from compass import CONFIGS, Compass
 from data import market, reader
-from train import RECIPES, Schedule, Tokenised, TokenRows, fit, language_model_loss, lr_at, make_optimizer, run_stage, stage_schedule
+from train import (
+    RECIPES,
+    Schedule,
+    Tokenised,
+    TokenRows,
+    _train_step,
+    fit,
+    language_model_loss,
+    lr_at,
+    make_optimizer,
+    run_stage,
+    stage_schedule,
+)
 
 
 @pytest.fixture
@@ -61,6 +74,8 @@ def test_full_recipes_are_the_papers():
     assert anneal.schedule.peak == pytest.approx(1.5e-4) and anneal.schedule.warmup == 2000
     assert long.schedule.steps == 2200 and long.seq_len == 32768 and long.rope_base == 1e6
     assert general.schedule.steps * general.rows * general.seq_len == pytest.approx(8e12, rel=1e-4)
+    assert (anneal.schedule.final, long.schedule.peak, long.schedule.final) == pytest.approx((3e-5, 3e-5, 3e-5))
+    assert [stage.schedule.router for stage in (general, anneal, long)] == [(1, 0.1), (0.1, 0.1), (0.1, 0.1)]
 
 
 def test_rows_hold_every_token_of_an_epoch_once(rows):
@@ -72,6 +87,31 @@ def test_rows_hold_every_token_of_an_epoch_once(rows):
     again = rows.row(3)
     rows.row(rows.rows_per_epoch + 1)  # another epoch in between changes nothing
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(again, rows.row(3), strict=True))
+
+
+def test_steps_take_row_after_row_and_each_epoch_has_its_order(rows):
+    taken = torch.cat([batch["tokens"] for step in (0, 1) for batch in rows.batches(3, 2)(step)])
+    for i in range(6):
+        assert np.array_equal(taken[i], np.concatenate([ids for ids, _ in rows.row(i)]))
+        assert all(np.array_equal(mask, np.ones(len(ids))) for ids, mask in rows.row(i))  # the end of a document is learnt, too
+    first, second = (np.concatenate([ids for ids, _ in rows.row(i)]) for i in (0, rows.rows_per_epoch))
+    assert not np.array_equal(first, second)
+
+
+def test_decay_is_on_matrices_and_gradients_are_clipped(micro_model, rows):
+    optimizer = make_optimizer(micro_model)
+    matrices, vectors = optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0) and matrices["betas"] == (0.9, 0.95)
+    assert {p.dim() >= 2 for p in matrices["params"]} == {True} and {p.dim() for p in vectors["params"]} == {1}
+    loss = functools.partial(scaled_loss, 1e3)
+    _, norm, *_ = _train_step(micro_model, optimizer, rows.batches(2, 2)(0), loss, 0.0, torch.device("cpu"))
+    left = torch.nn.utils.get_total_norm([p.grad for p in micro_model.parameters()])
+    assert norm > 10 and left.item() == pytest.approx(1, rel=1e-3)
+
+
+def scaled_loss(scale, model, batch):
+    loss, metrics = language_model_loss(model, batch)
+    return scale * loss, metrics
 
 
 def test_the_schedules_second_beta_reaches_the_optimizer(micro_config, rows, tmp_path):
@@ -95,8 +135,6 @@ def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_pat
 
 def test_accumulation_has_one_global_denominator(micro_model, rows):
     """Two micro-batches with very different numbers of targets give the gradient of the joint batch."""
-    from train import _train_step, make_optimizer
-
     joint = rows.batches(4, 4)(0)[0]
     joint["weights"][:2] *= (torch.rand(2, 64) < 0.1).float()
     joint["weights"][0, 5] = 1
@@ -162,6 +200,26 @@ def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
         with pytest.raises(ValueError, match="tokenizer one, now another" if tokenizer == "another" else "top_k 2, now 1; norm_eps"):
             train(config, rows, tmp_path, steps=None, resume=True, tokenizer_hash=tokenizer)
     train(micro_config, rows, tmp_path, steps=None, resume=True, tokenizer_hash="one")
+
+
+def test_other_data_is_not_gone_on_with(micro_config, micro_tokenizer, rows, tmp_path):
+    train(micro_config, rows, tmp_path, steps=6)
+    own = TokenRows(Tokenised(market.documents("general", 4, per_language=5), micro_tokenizer), 64, seed=1)
+    with pytest.raises(ValueError, match="general was begun on other data"):
+        train(micro_config, own, tmp_path, steps=None, resume=True)
+    train(micro_config, rows, tmp_path, steps=None, resume=True)
+
+
+def test_sigterm_in_a_stages_last_save_ends_the_script(micro_config, rows, tmp_path, monkeypatch):
+    def asked_while_saving(path, *args, **kwargs):
+        save_checkpoint(path, *args, **kwargs)
+        if path.endswith("step_12.pt"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("train.save_checkpoint", asked_while_saving)
+    with pytest.raises(SystemExit) as ended:
+        train(micro_config, rows, tmp_path, steps=None)
+    assert ended.value.code == 0 and load_latest(tmp_path, "general")["step"] == 12
 
 
 def test_a_stage_goes_on_as_it_was_begun_or_not_at_all(micro_config, rows, tmp_path, capsys):
