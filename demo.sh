@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on the embedded marketplace, as plain commands. Killed in the middle, it goes on where it was.
-#   bash demo.sh             14 to 19 minutes on two cores; results in runs/demo
+#   bash demo.sh             18 to 25 minutes on two cores; results in runs/demo
 #   RUN=runs/x STEPS=5 bash demo.sh      a quick walk through every stage
 set -euo pipefail
 RUN=${RUN:-runs/demo}

@@ -1,11 +1,11 @@
 """How soon does a small model learn to copy? Independent first weights against ours, where the head is made from the embedding
 (compass.first_head) and queries begin near their keys (compass.init_parameter).
 
-Copying is most of what instruction tuning has to teach: `tiny` has the general stage and 1,500 steps of sft1, as in the demo but for the
+Copying is most of what instruction tuning has to teach: `tiny` has the general stage and 1,000 steps of sft1, as in the demo but for the
 length, and the loss falls when it has learnt to copy. Three seeds of weights and data, the same for both; finished trainings are
 kept in benchmarks/results/first_weights.jsonl and not repeated.
 
-    python -m benchmarks.first_weights      # three quarters of an hour with one thread
+    python -m benchmarks.first_weights      # half an hour with one thread
 """
 
 import itertools
@@ -31,7 +31,7 @@ from sft import EXERCISES, PER_STEP, STAGES, Chats, curriculum, sft_loss
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, language_model_loss
 
-SEEDS, STEPS, WINDOW = 3, 1500, 50  # losses are means of so many steps
+SEEDS, STEPS, WINDOW = 3, 1000, 50  # losses are means of so many steps
 KINDS = ("independent", "ours")
 
 

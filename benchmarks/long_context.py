@@ -27,7 +27,7 @@ from report import plot_needles, table
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, assemble, language_model_loss
 
-SEEDS, STEPS, LONG_STEPS = 3, 3000, 300
+SEEDS, STEPS, LONG_STEPS = 3, 2000, 300
 LENGTHS = (128, 256, 512, 1024, 1536, 2048)
 
 
