@@ -270,6 +270,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     dhead_VD.addmm_(grad.T, h)
                 else:
                     dhead_VD += grad.T @ h
+            probs = grad = None  # freed before the next chunk's are made
         ctx.save_for_backward(dh_ND, dhead_VD)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weight_N).sum(), nll_N

@@ -200,7 +200,9 @@ def formula(c, layout, rows, T, imbalance=1.0):
     ) + (2 * D * S if in_shared_backward > in_recompute else 0)  # fmt: skip
     # at the very end head and embedding have their gradients, and the head's are copied to fp32 for the sum over ranks
     end_moment = 2 * n.root + 2 * n.root + 2 * n.embedding + 4 * n.root * (1 + 1 / data)
-    peak = 4 * parameters + max(block_moment, end_moment)
+    # in the loss what is kept lies beside a chunk's logits, in bf16 and in fp32; of a small model that is the most
+    loss_moment = 2 * n.root + 2 * n.embedding * (c.mtp_depth > 0) + N * kept + head + (2 + 4) * 512 * c.vocab_size
+    peak = 4 * parameters + max(block_moment, loss_moment, end_moment)
     return {
         "parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters,
         "activations": N * kept + head, "peak": peak, "FLOPs": flops(c, layout, N, T, imbalance), **bytes_received(c, layout, N, imbalance),

@@ -492,6 +492,10 @@ def test_tracker_and_formula_agree(name, layout, rows, T, imbalance):
         assert by_hand[row] == pytest.approx(value, rel=0.01), row
 
 
+def test_the_plan_of_a_small_model_whose_peak_is_in_the_loss():
+    plan.checked(CONFIGS["tiny_v3"], Layout(ep=8), 8, 256, 1.0)  # within five per cent, or it raises
+
+
 def test_the_time_of_a_step_by_hand():
     """5,760 rows on 64 GPUs with 6 rows each: 15 micro-steps; active weights without the embedding, and causal attention."""
     config, layout = CONFIGS["v2_30b"], Layout(dp=8, ep=8)
