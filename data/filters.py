@@ -43,7 +43,7 @@ def without_boilerplate(text):
     lines = text.split("\n")
 
     def cut(i, line):
-        wrapped = len(line) > 40 and any(near[:1].islower() for near in lines[i : i + 2])
+        wrapped = len(line) > 55 and any(near[:1].islower() for near in lines[i : i + 2])
         return len(line) <= 80 and not wrapped and BOILERPLATE.search(line)
 
     return "\n".join(line for i, line in enumerate(lines) if not cut(i, line))
