@@ -3,11 +3,10 @@
 Two documents whose sets of word 5-grams overlap by a Jaccard index J agree in each of P MinHashes with
 probability J. The P values are cut into bands of R: documents that agree in a whole band are candidates
 (probability 1 - (1 - J^R)^(P/R)), and candidates that agree in at least THRESHOLD of all P are duplicates. That share is J give or take
-sqrt(J (1 - J) / P), 0.04 here, and a document meets many candidates: of a thousand pages that all overlap by 0.70, as those of one
-template may, a third goes, and at 0.77 three quarters. Duplicates
-are joined to clusters (union-find); of a cluster the first document stays, and the report's policy lets good
-documents stay repeated: up to `keep` copies whose "quality" is at least GOOD. The first one kept learns its cluster's size as
-"occurrences", which resampling wants to know; the other copies have 1, so that nothing is resampled twice.
+sqrt(J (1 - J) / P), 0.04 here: of 500 pages that all overlap by 0.69, as those of one template may, 1 to 18 % went (six draws), at
+0.73 20 to 58 %, at 0.76 31 to 83 %. Duplicates are joined to clusters (union-find); of a cluster the first document stays, and the
+report's policy lets good documents stay repeated: up to `keep` copies whose "quality" is at least GOOD. The first one kept learns its
+cluster's size as "occurrences", which resampling wants to know; the other copies have 1, so that nothing is resampled twice.
 
 Shapes: N documents, P hash functions, S shingles. Signatures take 4 P bytes a document, and the whole plan about 1.6 kB: it is
 the one step whose memory grows with the corpus.
