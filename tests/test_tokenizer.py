@@ -189,3 +189,10 @@ def test_the_split_of_the_vocabulary(documents, capsys):
     for wrong in ("1/2", "a/b/c", "150/0/50", "-1/2/3"):
         with pytest.raises(ValueError, match="--split"):
             parse_split(wrong)
+
+
+def test_the_parts_are_joined_main_first_and_text_of_no_language_is_main():
+    """What ranks before is what BPE merges first: "ol" of the main part, then "la" of the European."""
+    texts = {None: "olol " * 50, "es": "lala " * 50}
+    tokenizer = train([{"text": text, "lang": lang} for lang, text in texts.items()], 3000)
+    assert tokenizer.ranks[b"ol"] < tokenizer.ranks[b"la"]
