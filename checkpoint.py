@@ -56,7 +56,7 @@ def write_atomically(path, content):
         raise InputError(f"{path}: could not be written ({error.strerror}); the earlier checkpoints are intact") from None
 
 
-def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", base="", tokenizer_hash="", seed=0, data=0):
+def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", base="", tokenizer_hash="", seed=0, data=None):
     """Save model, config, optimizer and where the run stands, at `step` of `planned`, in a stage that began from the stage `base`, on
     data whose first row has the checksum `data`."""
     buffer = io.BytesIO()

@@ -37,7 +37,7 @@ def tensors_of(model, optimizer):
     return tensors
 
 
-def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", tokenizer_hash="", seed=0, data=0):
+def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", tokenizer_hash="", seed=0, data=None):
     """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file."""
     orders, temporary = packed_orders(model), path + ".tmp"
     tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
