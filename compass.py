@@ -404,7 +404,7 @@ def init_parameter(name, p, config):
     """Normal with std 1/sqrt(fan_in), matrices that write to the residual stream smaller by sqrt(2L); a fixed 0.02, the common choice,
     would not follow the width of the model. Queries start like their group's keys (correlation 0.5): a token looks for its like.
 
-    That and `first_head` make a small model learn to copy in a third of the steps (RESULTS.md, "First weights").
+    That and `first_head` make a small model learn to copy in half the steps (RESULTS.md, "First weights").
     """
     if p.dim() < 2:
         return nn.init.ones_(p)
