@@ -7,7 +7,7 @@ short documents are measured. English only, because retrieval from scratch takes
 plain text 0.03, and 0.3 once finding is learnt. Three seeds of initialisation and data; finished ones are kept in
 benchmarks/results/long_context.jsonl.
 
-    python -m benchmarks.long_context      # two hours with one thread
+    python -m benchmarks.long_context      # an hour and a half with one thread
 """
 
 import dataclasses
