@@ -25,6 +25,8 @@ from cli import InputError
 from kernels import count_assignments
 from moe import MoE, SwiGLU, load_balancing_loss, router_z_loss
 
+LOSS_ROWS = 512  # targets whose logits the loss holds at a time
+
 
 @dataclasses.dataclass
 class CompassConfig:
@@ -286,7 +288,7 @@ def rows_where(mask_N):
     return slice(None) if bool(mask_N.all()) else mask_N.nonzero().squeeze(1)
 
 
-def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=512, total=lambda own: own):
+def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=LOSS_ROWS, total=lambda own: own):
     """(weighted mean, nll_N) of the cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head.
 
     total: makes the mean's denominator from the sum of these weights, where other ranks hold more of them.
@@ -395,6 +397,7 @@ class Compass(nn.Module):
 
 
 def init_weights(module, config):
+    """`init_parameter` for all parameters of a model or a part of one."""
     for name, p in module.named_parameters():
         init_parameter(name, p, config)
 

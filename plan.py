@@ -27,7 +27,7 @@ import compass
 import kernels
 import parallel
 from cli import InputError
-from compass import Compass, config_named
+from compass import LOSS_ROWS, Compass, config_named
 from parallel import Ranks, layout_of, parallelize
 from train import CLIP, RECIPES, make_optimizer
 
@@ -201,7 +201,7 @@ def formula(c, layout, rows, T, imbalance=1.0):
     # at the very end head and embedding have their gradients, and the head's are copied to fp32 for the sum over ranks
     end_moment = 2 * n.root + 2 * n.root + 2 * n.embedding + 4 * n.root * (1 + 1 / data)
     # in the loss what is kept lies beside a chunk's logits, in bf16 and in fp32; of a small model that is the most
-    loss_moment = 2 * n.root + 2 * n.embedding * (c.mtp_depth > 0) + N * kept + head + (2 + 4) * 512 * c.vocab_size
+    loss_moment = 2 * n.root + 2 * n.embedding * (c.mtp_depth > 0) + N * kept + head + (2 + 4) * LOSS_ROWS * c.vocab_size
     peak = 4 * parameters + max(block_moment, loss_moment, end_moment)
     return {
         "parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters,

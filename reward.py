@@ -23,6 +23,7 @@ from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
 from data.reader import read_pairs
+from sft import STAGES as TUNING
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit_stage, for_width, model_from, precision, processes, stage_schedule
 
@@ -195,7 +196,7 @@ def load_reward_model(run, device, stage="reward"):
 
 def processes_with_whole_rows(args):
     """train.processes for what judges whole answers: rows stay whole, so dp, ep and tp only."""
-    stage = latest_stage(args.run, among=("sft1", "pairs", "drills", "sft2"))
+    stage = latest_stage(args.run, among=TUNING)
     device, ranks = processes(args, lambda: CompassConfig(**load_latest(args.run, stage, weights=False)["config"]))
     if ranks is not None and (ranks.layout.pp > 1 or ranks.layout.cp > 1):
         raise InputError(f"--parallel {args.parallel}: preferences are trained with dp, ep and tp; pp and cp would cut the answers")

@@ -213,7 +213,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         state = load_latest(run, stage, weights=not ranks.several)
         refuse_another(state, model, tokenizer_hash)
         if state.get("data") not in (None, data):
-            raise InputError(f"{run}/{stage} was begun on other data: say --data as then, or name another --run")
+            raise InputError(f"{run}/{stage} was begun on other data (its first row differs): give it as then, or name another --run")
         if ranks.several:
             resharding.restore(state["path"], model, optimizer)
         elif state["optimizer"] is None:

@@ -248,6 +248,7 @@ def test_settings_out_of_range_are_named(micro_model, micro_tokenizer):
             request = engine.submit([1], dataclasses.replace(GREEDY, **{name: value}))
             assert request.done and request.error.startswith(f"{name} is {value}, must be")
     assert not engine.step()
+    assert engine.submit([1], GREEDY, stops="2,").stops == ("2,",)  # one string, not its letters
 
 
 def test_a_moved_row_and_a_poisoned_row(micro_model, micro_tokenizer):
