@@ -57,8 +57,7 @@ def token_logprobs(model, tokens_BT, mask_BT, *, doc_ids_BT=None, return_hidden=
 
     h_ND, token_N = predicting_BTD[use_BT], tokens_BT[use_BT]
     parts = [checkpoint(logp, h, token, use_reentrant=False) for h, token in zip(h_ND.split(rows), token_N.split(rows), strict=True)]
-    logp_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=tokens_BT.device)
-    logp_BT = logp_BT.masked_scatter(use_BT, torch.cat(parts))
+    logp_BT = torch.zeros_like(mask_BT, dtype=torch.float32).masked_scatter(use_BT, torch.cat(parts))
     return (logp_BT, predicting_BTD) if return_hidden else logp_BT
 
 
@@ -118,11 +117,10 @@ def preference_metrics(logp_BT, batch, chosen_B, rejected_B):
     are to become unlikely.
     """
     mask_BT, gain_BT = batch["mask"], (logp_BT - batch["reference"]).detach()
-    chosen_mask = mask_BT.chunk(2)[0]
     return {
         "rewards_chosen": chosen_B.mean(), "rewards_rejected": rejected_B.mean(), "margin": (chosen_B - rejected_B).mean(),
-        "accuracy": (chosen_B > rejected_B).float().mean(), "logp_chosen": (logp_BT.chunk(2)[0].sum(1)).mean().detach(),
-        "chosen_drift": (gain_BT.chunk(2)[0].sum(1) / chosen_mask.sum(1)).mean(),
+        "accuracy": (chosen_B > rejected_B).float().mean(), "logp_chosen": logp_BT.chunk(2)[0].sum(1).mean().detach(),
+        "chosen_drift": (gain_BT.sum(1) / mask_BT.sum(1)).chunk(2)[0].mean(),
         "kl": (gain_BT.square().sum(1) / (2 * mask_BT.sum(1))).mean(),
     }  # fmt: skip
 

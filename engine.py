@@ -22,6 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 import cli
 from kvcache import KVCache
@@ -199,6 +200,8 @@ class Engine:
         if request in self.live:
             row = self.live.index(request)
             self.live[row], self.cache.first_B[row] = None, 0
+        else:  # cancelled while it waited
+            self.waiting.remove(request)
         request.prefix = None
         self.users[request.prompt] -= 1
         if not self.users[request.prompt]:
@@ -238,19 +241,15 @@ class Engine:
 
     def _admit(self):
         """Fill free rows with waiting requests; when none waits, the last row moves into a row that stands empty."""
-        while self.waiting and self.waiting[0].done:  # cancelled while it waited
-            self.waiting.popleft()
         free = [row for row, request in enumerate(self.live) if request is None]
         free += range(len(self.live), len(self.seen_RV))
         entering = []
         # a handful of prompts prefilled together costs little more than one
         if len(free) >= min(len(self.waiting), len(self.seen_RV) // 8):
             while self.waiting and free:
-                request = self.waiting.popleft()
-                if not request.done:
-                    row = free.pop(0)
-                    self.live[row : row + 1] = [request]
-                    entering.append((row, request))
+                row, request = free.pop(0), self.waiting.popleft()
+                self.live[row : row + 1] = [request]
+                entering.append((row, request))
         if not self.waiting:
             self._close_gaps()
         if entering:
@@ -317,14 +316,13 @@ class Engine:
             going = []
             for row, token, logprob in zip(rows, *drawn, strict=True):
                 request = self.live[row]
-                if place:
-                    self.accepted += 1
                 self._append(request, token, logprob)
                 taken[row].append(token)
                 if place < self.drafts and not request.done:
                     self.drafted += tokens[row][place + 1] >= 0
                     if token == tokens[row][place + 1]:
                         going.append(row)
+            self.accepted += len(going)
             rows = going
         return taken
 
@@ -348,9 +346,7 @@ class Engine:
                 ids_A[i] = self.tokenizer.special["</think>"]
         if any(request.sampling.repetition != 1 for request in requests):
             self.seen_RV[rows, ids_A] = True
-        logits_AV = logits_AV.float()
-        logprob_A = logits_AV.gather(1, ids_A.unsqueeze(1)).squeeze(1) - logits_AV.logsumexp(-1)
-        return ids_A.tolist(), logprob_A.tolist()
+        return ids_A.tolist(), (-F.cross_entropy(logits_AV.float(), ids_A, reduction="none")).tolist()
 
     def _overthinks(self, request):
         """Whether an unfinished answer is inside a thought that has used up its budget."""

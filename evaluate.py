@@ -83,14 +83,12 @@ def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES, langs=LANGUAGES, cha
     """{"lengths", "depths", "needles"[length][depth], "lines"[length]}: shares of needles found greedily in texts of so many
     tokens (data/needles.py), as plain text or, with chat, as a user's message."""
     rng, langs = random.Random(f"needles-{seed}"), itertools.cycle(langs)
-    cells = [(length, depth) for length in lengths for depth in (*DEPTHS, None)]
     pairs = []
-    for length, depth in cells:
-        for _ in range(n):
-            lang = next(langs)
-            prompt, answer = line_retrieval(tokenizer, lang, rng, length) if depth is None else needle(tokenizer, lang, rng, length, depth)
-            ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])[0] if chat else tokenizer.encode(prompt)
-            pairs.append((ids, tokenizer.encode(answer)))
+    for length, depth, _ in itertools.product(lengths, (*DEPTHS, None), range(n)):
+        lang = next(langs)
+        prompt, answer = line_retrieval(tokenizer, lang, rng, length) if depth is None else needle(tokenizer, lang, rng, length, depth)
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])[0] if chat else tokenizer.encode(prompt)
+        pairs.append((ids, tokenizer.encode(answer)))
     found = np.array([greedy for _, greedy in score_continuations(model, tokenizer, pairs)]).reshape(len(lengths), -1, n).mean(-1)
     return {"lengths": lengths, "depths": DEPTHS, "needles": found[:, :-1].tolist(), "lines": found[:, -1].tolist()}
 

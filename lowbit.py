@@ -197,7 +197,7 @@ def load_quantized(state, device="cpu"):
     config, tensors, weights = CompassConfig(**state["config"]), dict(state["model"]), {}
     for name, (E, out, inner) in matrices(config).items():
         found = {key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key.rpartition(".")[0] == name}
-        groups = found["scales"].shape[-1] if "scales" in found else 1
+        groups = max([1, *found["scales"].shape[-1:]]) if "scales" in found else 1
         shapes = {
             "qweight": (E, out, inner // 2), "scales": (E, out, groups), "zeros": (E, out, groups),
             "weight_fp8": (E, out, inner), "weight_scale": (E, out), "input_scale": (E, inner),

@@ -79,8 +79,7 @@ def plot_load(metrics, path):
 
 def plot_accuracy(result, title, path):
     """Accuracy, task by language; a task need not be there in every language."""
-    names = sorted({cell.rsplit("/", 1)[0] for cell in result["cells"]})
-    langs = sorted({cell.rsplit("/", 1)[1] for cell in result["cells"]})
+    names, langs = sorted(result["by_task"]), sorted(result["by_language"])
     grid = np.array([[result["cells"].get(f"{name}/{lang}", np.nan) for lang in langs] for name in names])
     figure, axis = plt.subplots(figsize=(1.8 + 0.75 * len(langs), 1 + 0.42 * len(names)))
     percent_map(axis, grid, langs, names)
@@ -107,18 +106,16 @@ def table(rows, header):
 
 def accuracy_table(results, tasks_hash, last):
     """Markdown: one row per task and language, one column per model or baseline, in percent; the interval is the last model's."""
-    names = list(results)
-    first = results[names[0]]
-    intervals = results[last]["intervals"]
+    final = results[last]
 
     def row(name, shares, low, high):
         return [name, *(f"{100 * share:.1f}" for share in shares), f"{100 * low:.0f} to {100 * high:.0f}"]
 
-    rows = [row("all", (results[n]["overall"] for n in names), *intervals["overall"])]
+    rows = [row("all", (result["overall"] for result in results.values()), *final["intervals"]["overall"])]
     for group in ("by_group", "by_task", "by_language"):
-        for key in first[group]:
-            rows.append(row(key, (results[n][group][key] for n in names), *intervals[group][key]))
-    return table(rows, [f"accuracy, % of {first['n']} held-out tasks, {tasks_hash}", *names, f"95 % interval, {last}"])
+        for key in final[group]:
+            rows.append(row(key, (result[group][key] for result in results.values()), *final["intervals"][group][key]))
+    return table(rows, [f"accuracy, % of {final['n']} held-out tasks, {tasks_hash}", *results, f"95 % interval, {last}"])
 
 
 def thinking_table(switch):

@@ -10,7 +10,6 @@ schedules) start from one shared head, so that their weights may be averaged; he
 
 import math
 import os
-import random
 from collections import Counter
 
 import torch
@@ -24,6 +23,7 @@ from compass import Compass, CompassConfig
 from data.preferences import preferences
 from data.reader import read_pairs
 from sft import STAGES as TUNING
+from sft import epoch_order
 from tokenizer import Tokenizer
 from train import Schedule, assemble, fit_stage, for_width, model_from, precision, processes, stage_schedule
 
@@ -45,7 +45,7 @@ def average_weights(state_dicts):
     for other in state_dicts[1:]:
         differing = first.keys() ^ other.keys() or {name for name in first if first[name].shape != other[name].shape}
         if differing:
-            raise ValueError(f"state dicts differ in {sorted(differing)[0]}")
+            raise ValueError(f"state dicts differ in {min(differing)}")
     return {name: torch.stack([state[name].double() for state in state_dicts]).mean(0).to(first[name].dtype) for name in first}
 
 
@@ -117,7 +117,7 @@ class Pairs:
 
     def __init__(self, rows, left_out, context, seed, ranks=1):
         self.rows = [sides for sides in rows if max(len(ids) for ids, _ in sides) <= context]
-        self.seed, self.left_out, self.epoch, self.per_step = seed, Counter(left_out), None, max(PAIRS, ranks)
+        self.seed, self.left_out, self.per_step = seed, Counter(left_out), max(PAIRS, ranks)
         if len(self.rows) < len(rows):
             self.left_out[f"longer than the context of {context}"] = len(rows) - len(self.rows)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items() if count) or "none"
@@ -142,14 +142,8 @@ class Pairs:
         return batch
 
     def batch(self, step):
-        chosen = []
-        for i in range(step * self.per_step, (step + 1) * self.per_step):
-            epoch, place = divmod(i, len(self.rows))
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, list(range(len(self.rows)))
-                random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
-            chosen.append(self.order[place])
-        return [self.assemble(chosen)]
+        n, k = len(self.rows), self.per_step
+        return [self.assemble([epoch_order(n, self.seed, i // n)[i % n] for i in range(step * k, (step + 1) * k)])]
 
 
 def load_pairs(path, tokenizer, context, seed, ranks):
@@ -188,8 +182,7 @@ def rewards(model, tokenizer, chats, rows=64):
 def load_reward_model(run, device, stage="reward"):
     """(reward model in eval mode, its checkpoint's dict); stage "reward" is the average, "reward/1" … its members."""
     state = load_latest(run, stage)
-    backbone = Compass(CompassConfig(**state["config"]))
-    model = RewardModel(backbone)
+    model = RewardModel(Compass(CompassConfig(**state["config"])))
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state
 

@@ -11,6 +11,7 @@ itself. Only answers are trained on; v3's mixed loss trains on the whole convers
 """
 
 import bisect
+import functools
 import math
 import random
 
@@ -105,6 +106,14 @@ def length_buckets(lengths, tokens, rng, least=1, window=4096):
     return batches
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    """The numbers below n in the order in which an epoch takes them."""
+    order = list(range(n))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
 def chat_of(task, thinking):
     """The conversation a task teaches: its messages and the reference answer, with the thought when thinking."""
     answer = {"role": "assistant", "content": task["answer"]}
@@ -162,7 +171,7 @@ class Chats:
     """
 
     def __init__(self, chats, tokenizer, context, seed, full=(), packed=True, ranks=1):
-        self.samples, self.domains, self.seed, self.packed, self.epoch = [], [], seed, packed, None
+        self.samples, self.domains, self.seed, self.packed = [], [], seed, packed
         too_long = 0
         for i, (task, thinking) in enumerate(chats):
             domain = DOMAINS[task.get("task") not in SHOP]
@@ -182,22 +191,15 @@ class Chats:
         self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # what up to eight cp ranks can cut
         self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed), ranks)
-        places = self.capacity * len(self.units)
-        if not packed:
-            places = sum(len(members) * max(lengths[i] for i in members) for members in self.units)
+        places = sum(self.capacity if packed else len(members) * max(lengths[i] for i in members) for members in self.units)
         print(
             f"{len(self.samples):,} conversations in {len(self.units):,} {'packed rows' if packed else 'padded batches'}, "
             f"{100 * sum(lengths) / places:.1f} % filled; {too_long} over-long left out"
         )
 
     def batch(self, step):
-        chosen = []
-        for i in range(step * self.units_per_step, (step + 1) * self.units_per_step):
-            epoch, place = divmod(i, len(self.units))
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, list(range(len(self.units)))
-                random.Random(f"{self.seed}-{epoch}").shuffle(self.order)
-            chosen.append(self.units[self.order[place]])
+        n, k = len(self.units), self.units_per_step
+        chosen = [self.units[epoch_order(n, self.seed, i // n)[i % n]] for i in range(step * k, (step + 1) * k)]
         rows = chosen if self.packed else [[i] for i in chosen[0]]
         # every rank makes the whole batch before it takes its rows, so all have one width without asking each other; up to four cp
         # ranks can cut it

@@ -1,7 +1,8 @@
 """Generation on a CPU, each figure beside its peer or its limit from the same run.
 
     peers        `tiny` without shared experts (transformers' are gated) against transformers' generate, same weights and settings, the
-                 better of its experts implementations: 32 answers to one prompt, 32 prompts, one prompt
+                 better of its experts implementations: 32 answers to one prompt, 32 prompts, one prompt; tasks of the evaluation, whose
+                 prompts and answers differ in length
     concurrency  1 to 256 requests at once with the report's shapes of prompt and answer (1200 in 200 out, 1024 in 256 out) at a quarter
     bandwidth    one row of a 310M-parameter model: bytes of active weights a second beside those of a sum over 1.2 GB
     length       the time of a step early and late in a long answer
@@ -15,6 +16,7 @@ Trained arms of mtp are kept in benchmarks/results/generation.jsonl and not repe
 
 import json
 import os
+import random
 import statistics
 import time
 from dataclasses import replace
@@ -32,9 +34,10 @@ from benchmarks import RESULTS, finished, keep, keep_finished, kept
 from benchmarks.moe import medians, twin
 from compass import CONFIGS, Compass, CompassConfig, count_parameters
 from data import market
+from data.tasks import tasks
 from engine import Engine, Sampling
 from evaluate import bits_per_byte
-from generate import GREEDY, generate
+from generate import GREEDY
 from report import save, table
 from tokenizer import Tokenizer, train_bpe
 from tokenizer import train as train_tokenizer
@@ -52,31 +55,63 @@ def endless_tokenizer(vocab_size):
     return tokenizer
 
 
+def evaluation_tasks():
+    """[(prompt, tokens of the reference answer), …]: a task of each kind in each language, with its thought where it has one."""
+    tokenizer, made = Tokenizer.load("checkpoints/tiny"), []
+    for task in tasks("test", 0, 1):
+        prompt, _ = tokenizer.encode_chat(task["messages"], thinking="think" in task)
+        answer = {"role": "assistant", "content": np.atleast_1d(task["answer"])[0], "think": task.get("think")}
+        whole, _ = tokenizer.encode_chat([*task["messages"], answer], thinking="think" in task)
+        made.append((prompt, len(whole) - len(prompt)))
+    return made
+
+
 def peers():
-    """{case: {arm: seconds}} of 48 new tokens each."""
+    """{case: {arm: seconds}} of answers of a given length, 32 at once.
+
+    transformers takes prompts of about one length together, pads them on the left, and goes on until the longest answer is done.
+    """
     torch.manual_seed(0)
     model = Compass(replace(CONFIGS["tiny"], n_shared=0, max_seq_len=1024)).eval()
     tokenizer, theirs = endless_tokenizer(4096), twin(model).eval()
-    results = {}
-    for case, prompts, length, n in (
-        ("32 answers to one prompt of 128", 1, 128, 32), ("32 answers to one prompt of 768", 1, 768, 32),
-        ("32 prompts of 128", 32, 128, 1), ("32 prompts of 768", 32, 768, 1), ("one prompt of 128", 1, 128, 1),
-    ):  # fmt: skip
-        prompts_BT = torch.randint(4096, (prompts, length))
+    theirs.set_attn_implementation("sdpa")  # eager attention (benchmarks.alignment_speed) and batched_mm were never faster
 
-        def ours(prompts_BT=prompts_BT, n=n):
-            return generate(model, tokenizer, prompts_BT.tolist(), replace(FREE, max_tokens=48), n)
+    def drawn(prompts, length):
+        return [(prompt, 48) for prompt in torch.randint(4096, (prompts, length)).tolist()]
 
-        def peer(experts, prompts_BT=prompts_BT, n=n):
-            theirs.set_experts_implementation(experts)
-            theirs.set_attn_implementation("sdpa")  # eager attention (benchmarks.alignment_speed) and batched_mm were never faster
+    def length_of(one):
+        return len(one[0])
+
+    def ours(asked, n):
+        engine = Engine(model, tokenizer, 32, max(len(prompt) + new for prompt, new in asked))
+        for prompt, new in sorted(asked, key=length_of):
+            for sample in range(n):
+                engine.submit(prompt, replace(FREE, max_tokens=new), sample)
+        engine.run()
+
+    def peer(experts, asked, n):
+        theirs.set_experts_implementation(experts)
+        asked = sorted(asked, key=length_of)
+        for start in range(0, len(asked), 32):
+            prompts, lengths = zip(*asked[start : start + 32], strict=True)
+            width, new = max(map(len, prompts)), max(lengths)
+            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             with torch.inference_mode():
                 theirs.generate(
-                    prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    num_return_sequences=n, max_new_tokens=48, min_new_tokens=48, use_cache=True, pad_token_id=0,
+                    ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=n,
+                    max_new_tokens=new, min_new_tokens=new, use_cache=True, pad_token_id=0,
                 )  # fmt: skip
 
-        arms = {"ours": ours, **{f"transformers, {e}": lambda e=e, peer=peer: peer(e) for e in ("eager", "grouped_mm")}}
+    every, results = evaluation_tasks(), {}
+    for case, asked, n in (
+        ("32 answers to one prompt of 128 tokens", drawn(1, 128), 32), ("32 answers to one prompt of 768 tokens", drawn(1, 768), 32),
+        ("32 prompts of 128 tokens", drawn(32, 128), 1), ("32 prompts of 768 tokens", drawn(32, 768), 1),
+        ("one prompt of 128 tokens", drawn(1, 128), 1),
+        ("32 tasks of the evaluation", random.Random(0).sample(every, 32), 1), (f"all {len(every)}, 32 at once", every, 1),
+    ):  # fmt: skip
+        arms = {"ours": lambda asked=asked, n=n: ours(asked, n)}
+        arms |= {f"transformers, {e}": lambda e=e, asked=asked, n=n: peer(e, asked, n) for e in ("eager", "grouped_mm")}
         seconds = results[case] = medians(arms, ROUNDS)
         seconds["best peer / ours"] = min(v for k, v in seconds.items() if k != "ours") / seconds["ours"]
         print(case, json.dumps(seconds), flush=True)
@@ -226,7 +261,7 @@ def tables(results):
     peers, load = [], []
     for case, seconds in results["peers"].items():
         ours, ratio = seconds["ours"], seconds["best peer / ours"]
-        peers.append([f"{case} tokens", f"{ours:.3f}", f"{ours * ratio:.3f}", f"{ratio:.1f}"])
+        peers.append([case, f"{ours:.3f}", f"{ours * ratio:.3f}", f"{ratio:.1f}"])
     for shape, rows in results["concurrency"].items():
         for n, row in rows.items():
             rest = f"{row['first token, s']:.3f}", f"{row['later token, ms']:.1f}", f"{row['cache, MB']:.1f}"

@@ -348,6 +348,8 @@ def test_foreign_and_torn_files_are_named(tmp_path):
     for change, message in (
         (lambda t: t.pop(f"{name}.scales"), f"{name} holds input_scale, qweight, zeros"),
         (lambda t: t.update({f"{name}.qweight": t[f"{name}.qweight"][:, :5]}), rf"{name}.qweight has shape \(1, 5, 32\), need \(1, 128"),
+        (lambda t: t.update({f"{name}.scales": torch.tensor(1.0)}), rf"{name}.scales has shape \(\), need \(1, 128, 1\)"),
+        (lambda t: t.update({f"{name}.scales": torch.zeros(1, 128, 0)}), rf"{name}.scales has shape \(1, 128, 0\), need \(1, 128, 1\)"),
         (lambda t: t.pop("head.weight"), "head.weight is missing or foreign"),
         (lambda t: t.update({"lora.weight": torch.zeros(1)}), "lora.weight is missing or foreign"),
         (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\), need \(64,\)"),
