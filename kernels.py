@@ -46,7 +46,7 @@ def count_assignments(expert_index, num_experts):
 def sort_by_expert(expert_index_NK, num_experts):
     """Stable sort of the R = N*K assignments by expert: (order_R, row_of_NK, counts_E), all int64.
 
-    order_R[r] is the flat assignment n*K + k that lands in row r; row_of is its inverse.
+    order_R[r] is the flat assignment n*K + k that lands in row r; row_of, in the shape of the index, is its inverse.
     """
     flat_R = expert_index_NK.reshape(-1)
     order_R = torch.argsort(flat_R, stable=True)
@@ -128,11 +128,11 @@ def gather_rows(y_RD, row_of_NK, weights_NK=None):
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, row_of_NK):
+    def forward(ctx, x_ND, order_R, row_of_NK):
         ctx.save_for_backward(row_of_NK)
         (N, K), D = row_of_NK.shape, x_ND.shape[1]
         if not use_triton(x_ND):
-            return x_ND.index_select(0, inverse(row_of_NK.flatten()) // K)  # on a CPU writing in order beats reading in order
+            return x_ND.index_select(0, order_R // K)  # on a CPU writing in order beats reading in order
         out_RD = x_ND.new_empty(N * K, D)
         grid, block = _grid(N, D)
         if N:
@@ -141,7 +141,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_RD):
-        return gather_rows(grad_RD, *ctx.saved_tensors), None
+        return gather_rows(grad_RD, *ctx.saved_tensors), None, None
 
 
 class _MoveRows(torch.autograd.Function):
@@ -189,8 +189,8 @@ def permute(x_ND, expert_index_NK, num_experts):
     Returns x_sorted_RD; row_of_NK (int64), the row of token n's k-th copy; counts_E (int64), rows per
     expert. The order is stable: within an expert, tokens keep their order.
     """
-    _, row_of_NK, counts_E = sort_by_expert(expert_index_NK, num_experts)
-    return _Permute.apply(x_ND, row_of_NK), row_of_NK, counts_E
+    order_R, row_of_NK, counts_E = sort_by_expert(expert_index_NK, num_experts)
+    return _Permute.apply(x_ND, order_R, row_of_NK), row_of_NK, counts_E
 
 
 def unpermute(y_sorted_RD, row_of_NK, weights_NK):

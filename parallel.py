@@ -61,8 +61,8 @@ def layout_of(text, world, config):
     sizes = {}
     for part in filter(None, (text or "").split(",")):
         axis, _, size = part.partition("=")
-        if axis not in Layout._fields or not size.isdecimal() or int(size) < 1:
-            raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp, vpp with a number, as in ep=2,cp=2")
+        if axis not in Layout._fields or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp, vpp, named once, with a number: ep=2,cp=2")
         sizes[axis] = int(size)
     rest = math.prod(size for axis, size in sizes.items() if axis not in ("dp", "vpp"))
     if world % rest or sizes.get("dp", world // rest) * rest != world:
@@ -193,9 +193,8 @@ def exchange_and_compute(moe, group, x_RD, counts_E):
     x_SD = all_to_all_single(x_RD, got, sent, group)
     local = torch.arange(sent_PE.shape[1], device=x_RD.device).repeat(P)
     expert_S = local.repeat_interleave(got_PE.flatten(), output_size=sum(got))
-    from_S, to_S1, counts_E = sort_by_expert(expert_S.unsqueeze(1), sent_PE.shape[1])
+    from_S, to_S, counts_E = sort_by_expert(expert_S, sent_PE.shape[1])
     weights = moe.gate_up_ED2F.to_local(), moe.down_EFD.to_local()
-    to_S = to_S1.squeeze(1)
     x_SD = move_rows(x_SD, from_S, to_S)
     y_SD = move_rows(grouped_swiglu(x_SD, counts_E, *weights), to_S, from_S)
     return wait_tensor(all_to_all_single(y_SD, sent, got, group))  # Triton would read the memory of a result that is still on its way
@@ -250,8 +249,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
     half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     model.ranks = ranks
-    blocks = model.blocks.values() if isinstance(model.blocks, nn.ModuleDict) else model.blocks  # a stage's, or all
-    for block in (*blocks, *(mtp.block for mtp in model.mtp)):
+    shard = functools.partial(fully_shard, mesh=ranks.data, mp_policy=half, shard_placement_fn=fsdp_dim)
+    for block in (*model.blocks.children(), *(mtp.block for mtp in model.mtp)):  # a pipeline stage's, or all
         routed = isinstance(block.feed_forward, MoE)
         if layout.cp > 1:
             block.attention.attend = functools.partial(attend_in_context, mesh["cp"].get_group())
@@ -261,7 +260,6 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
             split_width(block, mesh["tp"])
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        shard = functools.partial(fully_shard, mesh=ranks.data, mp_policy=half, shard_placement_fn=fsdp_dim)
         if routed:
             moe = block.feed_forward
             fully_shard(moe.router, mesh=ranks.data, mp_policy=full)
@@ -289,8 +287,7 @@ def shard_whole(module, ranks):
 
 def packed_orders(model):
     """{parameter: row order} of what tensor parallelism reordered."""
-    named = [pair for part in parts_of(model) for pair in part.named_modules()]
-    return {f"{name}.weight": module.packed for name, module in named if hasattr(module, "packed")}
+    return {f"{name}.weight": m.packed for part in parts_of(model) for name, m in part.named_modules() if hasattr(m, "packed")}
 
 
 def start(text, config_of, device_name):

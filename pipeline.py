@@ -74,7 +74,7 @@ class Stage(Compass):
             lm = lm * share
             mtp = self._mtp_loss(x_BTD, later, targets_BT, weights_BT, doc_ids_BT, rope, mask) * share
         loss = lm + extra + self.mtp_scale * self.config.mtp_weight * mtp
-        for name, value in (("lm", lm), ("aux", aux), ("z", z), ("mtp", mtp), ("load", load_LE), ("loss", loss)):
+        for name, value in dict(total=loss, lm=lm, aux=aux, z=z, mtp=mtp, load_LE=load_LE).items():
             self.logged[name] = self.logged.get(name, 0.0) + value.detach()
         return loss if self.last else _Inject.apply(torch.cat((x_BTD, *later), -1), extra)
 
@@ -117,9 +117,8 @@ class Pipeline(nn.Module):
                           output_args=loss if stage.last else h_BTD, group=self.ranks.mesh["pp"].get_group())
             for i, stage in zip(self.indices, self.stages, strict=True)
         ]  # fmt: skip
-        if len(stages) == 1:
-            return Schedule1F1B(stages[0], count, lambda loss, _: loss, scale_grads=False)
-        return ScheduleInterleaved1F1B(stages, count, lambda loss, _: loss, scale_grads=False)
+        kind, work = (ScheduleInterleaved1F1B, stages) if interleaved else (Schedule1F1B, stages[0])
+        return kind(work, count, lambda loss, _: loss, scale_grads=False)
 
     def loss(self, *_, **__):
         """Compass.loss of the batch that `accumulate` just ran, for loss functions that ask the model."""
@@ -142,9 +141,9 @@ class Pipeline(nn.Module):
         share = max(batch["weights"].sum().item(), 1e-9) / total  # of this rank in the batch
         sums = {name: sum(stage.logged[name] for stage in self.stages) / share for name in self.stages[0].logged}
         last = self.stages[-1]
-        sums["nll"] = torch.cat(last.nll) if last.last else torch.zeros_like(batch["weights"])
+        sums["nll_BT"] = torch.cat(last.nll) if last.last else torch.zeros_like(batch["weights"])
         for value in sums.values():
             dist.all_reduce(value, group=self.ranks.mesh["pp"].get_group())
-        self.losses = Losses(*(sums[name] for name in ("loss", "lm", "aux", "z", "mtp", "load", "nll")))
+        self.losses = Losses(**sums)
         loss, metrics = loss_fn(self, batch)
         return loss * share, {name: value * share for name, value in metrics.items()}

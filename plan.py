@@ -227,22 +227,25 @@ def bytes_received(c, layout, N, imbalance=1.0):
     bf16 (the router in fp32), gradients are summed in fp32; rows go to their experts and back in forward, recomputation and backward
     (the fullest rank gets more than it sends, then sends more than it gets: the larger is counted)."""
     n, L, M = Sizes(c, layout), c.n_layers, c.mtp_depth
-    ep_peers = min(layout.ep, max(1, NODE // layout.tp))
-    cp_peers = min(layout.cp, max(1, NODE // (layout.tp * layout.ep)))
-    data = layout.dp * layout.cp * layout.ep, min(NODE // layout.tp, layout.dp * layout.cp * layout.ep)
-    experts = layout.dp * layout.cp, min(max(1, NODE // (layout.tp * layout.ep)), layout.dp * layout.cp)
+
+    def group(size, stride):
+        """(ranks, those of them in one node) of an axis whose neighbours are `stride` ranks apart."""
+        return size, min(size, max(1, NODE // stride))
+
+    data, experts = group(layout.dp * layout.cp * layout.ep, layout.tp), group(layout.dp * layout.cp, layout.tp * layout.ep)
+    routed, context = group(layout.ep, layout.tp), group(layout.cp, layout.tp * layout.ep)
     counter = collections.Counter()
-    for kind, size, group in (
+    for kind, size, ranks in (
         ("all_gather", 2 * L * (2 * n.block + 4 * n.router) + 2 * n.root + 2 * n.embedding * (2 + M) + 4 * M * n.mtp_block, data),
         ("reduce_scatter", 4 * n.dense, data),
         ("all_gather", 2 * 2 * L * n.experts, experts),
         ("reduce_scatter", 4 * L * n.experts, experts),
-        ("all_to_all", 6 * L * 2 * N * c.top_k * c.dim * imbalance, (layout.ep, ep_peers)),
-        ("all_gather", 2 * (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, (layout.cp, cp_peers)),
-        ("reduce_scatter", (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, (layout.cp, cp_peers)),
-        ("all_reduce", 5 * (L + M) * N * 2 * c.dim, (layout.tp, min(layout.tp, NODE))),
+        ("all_to_all", 6 * L * 2 * N * c.top_k * c.dim * imbalance, routed),
+        ("all_gather", 2 * (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, context),
+        ("reduce_scatter", (L + M) * N * layout.cp * 4 * c.n_kv_heads // layout.tp * c.head_dim, context),
+        ("all_reduce", 5 * (L + M) * N * 2 * c.dim, group(layout.tp, 1)),
     ):  # fmt: skip
-        for link, size_of_link in zip(("node", "network"), traffic(kind, size, *group), strict=True):
+        for link, size_of_link in zip(("node", "network"), traffic(kind, size, *ranks), strict=True):
             counter[kind, link] += size_of_link
     return named(counter)
 

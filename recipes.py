@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
 # last; the report names these stages and the contexts 8K and 32K -> 128K, rates follow v2's proportions.
 RECIPES = {
     "tiny": {
-        "general": Recipe(256, 8, 12, Schedule(250, 3e-3, 3e-3 / 10, 25, (1.0, 0.1), beta2=0.99)),
+        "general": Recipe(256, 8, 8, Schedule(250, 3e-3, 3e-3 / 10, 25, (1.0, 0.1), beta2=0.99)),
         "anneal": Recipe(256, 12, 12, Schedule(100, 3e-3 / 2, 3e-3 / 10, 15, (0.1, 0.1), beta2=0.99)),
         "long": Recipe(1024, 3, 3, Schedule(30, 3e-3 / 10, 3e-3 / 10, 0, (0.1, 0.1), beta2=0.99), 1e6),
     },

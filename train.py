@@ -68,7 +68,7 @@ class Tokenised:
         encoded = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=2)
         end = tokenizer.special["<|endoftext|>"]
         self.lengths = np.array([len(ids) + 1 for ids in encoded])
-        self.starts = np.concatenate(([0], np.cumsum(self.lengths)[:-1]))
+        self.starts = np.cumsum(self.lengths) - self.lengths
         stream = itertools.chain.from_iterable(itertools.chain(ids, (end,)) for ids in encoded)
         self.tokens = np.fromiter(stream, np.uint32, count=int(self.lengths.sum()))
 
@@ -136,8 +136,7 @@ def make_optimizer(model, beta2=0.95):
     for p in sorted(model.parameters(), key=lambda p: p.dim() < 2):
         decay = WEIGHT_DECAY if p.dim() >= 2 else 0.0
         groups.setdefault((decay, getattr(p, "device_mesh", None)), {"params": [], "weight_decay": decay})["params"].append(p)
-    groups = list(groups.values())
-    return torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, beta2), fused=True)
+    return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=(BETA1, beta2), fused=True)
 
 
 @contextlib.contextmanager
@@ -379,8 +378,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
 
         model = initialise(build(config, ranks, device, recipe.recompute), args.seed)
     else:
-        changes = dict(max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
-        model = model_from(state, ranks, device, recipe.recompute, **changes)
+        model = model_from(state, ranks, device, recipe.recompute, max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
     if is_shards(args.data):
         tokenised = Shards(args.data, tokenizer)
     else:

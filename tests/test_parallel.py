@@ -421,6 +421,7 @@ def test_preferences_need_whole_rows(axis, micro_model, micro_tokenizer, tmp_pat
         ("ep=2,xp=2", 4, "'xp=2' is not one of pp, dp, cp, ep, tp"),
         ("ep=two", 4, "'ep=two' is not one of"),
         ("ep=²", 4, "'ep=²' is not one of"),
+        ("tp=2,tp=4", 8, "'tp=4' is not one of pp, dp, cp, ep, tp, vpp, named once"),
         ("ep=4", 6, "ep=4 does not make 6 processes"),
         ("dp=2,ep=2", 8, "dp=2 x ep=2 does not make 8 processes"),
         ("ep=3", 3, "ep=3 must divide n_experts, which is 16"),
