@@ -164,17 +164,18 @@ def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
         ended = [completion for completion in completions[i * n : (i + 1) * n] if completion.stopped and completion.ids]
         left_out["unfinished or empty answers"] += n - len(ended)
         texts = [split_thought(completion.text)[1] for completion in ended]
-        right = [SCORERS[task["scorer"]](text, task["answer"]) for text in texts]
+        by_reward = task["scorer"] in OPEN and not off_policy
+        right = None if by_reward else [SCORERS[task["scorer"]](text, task["answer"]) for text in texts]
         pair = None
         if ended:
             answers, scores = [tuple(completion.ids) for completion in ended], judge(task, texts)
             if off_policy:  # above all others, and right
                 ids, _ = tokenizer.encode_chat(chat_of(task, "think" in task), thinking="think" in task)
                 answers, scores, right = [tuple(ids[len(prompt) : -1]), *answers], [math.inf, *scores], [True, *right]
-            pair = select_pair(answers, scores, None if task["scorer"] in OPEN and not off_policy else right)
+            pair = select_pair(answers, scores, right)
         if pair is None:
-            verdict = "unfinished" if not ended else "right" if all(right) else "alike" if any(right) else "wrong"
-            left_out[f"prompts with all answers {verdict}"] += 1
+            same = "right" if right and all(right) else "wrong" if right and not any(right) else "alike"
+            left_out[f"prompts with all answers {same if ended else 'unfinished'}"] += 1
             continue
         rows.append([([*prompt, *ids, end], [0] * len(prompt) + [1] * (len(ids) + 1)) for ids in pair])
     return rows, left_out

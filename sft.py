@@ -191,20 +191,22 @@ class Chats:
         self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # what up to eight cp ranks can cut
         self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed), ranks)
-        places = sum(self.capacity if packed else len(members) * max(lengths[i] for i in members) for members in self.units)
+        places = sum(self.width(members) * (1 if packed else len(members)) for members in self.units)
         print(
             f"{len(self.samples):,} conversations in {len(self.units):,} {'packed rows' if packed else 'padded batches'}, "
             f"{100 * sum(lengths) / places:.1f} % filled; {too_long} over-long left out"
         )
 
+    def width(self, members):
+        """Places in each row of a unit. A padded batch can be cut by up to four cp ranks; the whole of it has one width, so that each
+        rank, which makes it all before it takes its rows, need not ask the others."""
+        return self.capacity if self.packed else -(-max(len(self.samples[i][0]) for i in members) // 8) * 8
+
     def batch(self, step):
         n, k = len(self.units), self.units_per_step
         chosen = [self.units[epoch_order(n, self.seed, i // n)[i % n]] for i in range(step * k, (step + 1) * k)]
         rows = chosen if self.packed else [[i] for i in chosen[0]]
-        # every rank makes the whole batch before it takes its rows, so all have one width without asking each other; up to four cp
-        # ranks can cut it
-        width = self.capacity if self.packed else -(-max(len(self.samples[i][0]) for i in chosen[0]) // 8) * 8
-        batch = assemble([[self.samples[i] for i in members] for members in rows], width)
+        batch = assemble([[self.samples[i] for i in members] for members in rows], self.width(chosen[0]))
         most = max(map(len, rows))
         domain_of_doc = torch.tensor([[self.domains[i] for i in members] + [0] * (most - len(members)) for members in rows])
         return [{**batch, "domains": domain_of_doc.gather(1, batch["doc_ids"].clamp_min(0))}]

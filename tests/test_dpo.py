@@ -180,6 +180,8 @@ def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
     assert sum(thought[1]) == len(t.encode(" 3 + 4")) + len(t.encode(" 7")) + 3
     endings = [t.decode(ids[sum(m == 0 for m in mask) :]) for ids, mask in (red, green, soft_red, wrong_red)]
     assert endings == [" red<|end|>", " green<|end|>", " soft red<|end|>", " red<|end|>"]  # the best of the wrong ones
+    alike = label(t, examples[3:], prompts[3:], [completion(t, "blue")] * 4, lambda task, answers: [0.0] * len(answers))[1]
+    assert alike["prompts with all answers alike"] == 1  # an open task has no wrong answers
     nothing = [completion(t, "", False)] * 4
     assert label(t, examples[:1], prompts[:1], nothing, None)[1]["prompts with all answers unfinished"] == 1
 

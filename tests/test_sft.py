@@ -140,16 +140,18 @@ def test_rates_fall_with_the_width(micro_config):
     assert wide.peak == pytest.approx(2e-3 * 128 / 3072) and wide.final == pytest.approx(1e-4 * 128 / 3072)
 
 
-def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer):
+def test_padded_batches_are_as_wide_as_their_longest(micro_tokenizer, capsys):
     chats = Chats([(task, False) for task in tasks("train", 0, 2)], micro_tokenizer, 1024, 0, packed=False)
-    seen = 0
+    seen = places = 0
     for step in range(len(chats.units)):
         (batch,) = chats.batch(step)
         valid = batch["doc_ids"] >= 0
+        places += valid.numel()
         longest = valid.sum(1).max().item()
         assert batch["tokens"].shape[1] == -(-longest // 8) * 8 and valid.numel() <= CAPACITY * ROWS + 8 * len(valid)
         seen += int(valid.sum())
     assert seen == sum(len(ids) for ids, _ in chats.samples)
+    assert f"{100 * seen / places:.1f} % filled" in capsys.readouterr().out
 
 
 def test_mixed_loss_trains_on_whole_conversations_of_its_domain(micro_tokenizer):
