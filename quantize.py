@@ -100,8 +100,9 @@ def best_clips(weight_FD, x_ND, group):
     return torch.where((clipped_F < plain_F).unsqueeze(-1), clip_FJ, 1.0)
 
 
-def quantize_matrix(weight_FD, x_ND, method, group):
-    """Search c, then (AWQ) clips, by the output error on x; return Found. Never worse on x than rounding alone."""
+def quantize_matrix(weight_FD, x_ND, method, group, unclipped=0):
+    """Search c, then (AWQ) clips of all outputs but the first `unclipped`, by the output error on x; return Found. Never worse on x
+    than rounding alone."""
     weight_FD, x_ND, tried = weight_FD.float(), x_ND.float(), []
     group = math.gcd(group, weight_FD.shape[1])
     for alpha, c_D in input_scales(weight_FD, x_ND, method):
@@ -109,7 +110,10 @@ def quantize_matrix(weight_FD, x_ND, method, group):
         tried.append((error, alpha, c_D))
     _, alpha, c_D = min(tried, key=lambda candidate: candidate[0])
     scaled_FD, scaled_ND = weight_FD / c_D, x_ND * c_D
-    clip = best_clips(scaled_FD, scaled_ND, group) if method == "awq" else 1.0
+    clip = 1.0
+    if method == "awq":
+        clip = best_clips(scaled_FD, scaled_ND, group)
+        clip[:unclipped] = 1
     tensors, rounded_FD = round_weight(scaled_FD, method, group, clip)
     after = row_errors(scaled_FD, rounded_FD, scaled_ND, method).sum().item()
     size = (x_ND @ weight_FD.T).square().sum().clamp(min=1e-30).item()
@@ -159,9 +163,11 @@ def quantize_layer(block, inputs, index_NK, method, group, generator):
             errors = {"alpha": f.alpha, "before": f.before, "after": f.after}
             report.append({"matrix": matrix, "expert": expert, "tokens": tokens, "calibrated_on": used, **errors})
 
-    for name, linear in (("qkv", block.attention.qkv), ("out", block.attention.out)):
+    attention = block.attention
+    # clipping shrinks the largest queries and keys, and what counts is their product: AWQ's authors leave both unclipped as well
+    for name, linear, unclipped in (("qkv", attention.qkv, (attention.H + attention.G) * attention.C), ("out", attention.out, 0)):
         x_ND = some(inputs[name])
-        found = quantize_matrix(linear.weight, x_ND, method, group)
+        found = quantize_matrix(linear.weight, x_ND, method, group, unclipped)
         weights[f"attention.{name}"] = stack([found])
         note(None, len(inputs[name]), len(x_ND), **{name: found})
     x_ND, pairs = inputs["feed_forward"], []

@@ -1,8 +1,9 @@
 """What quantization costs and buys: quality and size on a trained run, speed on a model that memory bounds, outliers and a rare language.
 
 Quality (v2 Table 5) of FP32, both FP8, RTN and AWQ on held-out tasks: accuracy, the share of greedy answers that differ from FP32's, the
-loss on the reference answers, and at the same places the divergence KL(FP32 || quantized), the most sensitive of them. What depends
-on calibration is measured for three seeds that change its texts. Size: the checkpoint on disk, and what the loaded model holds.
+loss on the reference answers, and at the same places the divergence KL(FP32 || quantized), most of which a hundredth of the tokens
+carry, and the probability that moved to other tokens (total variation), which no token can dominate. What depends on calibration is
+measured for three seeds that change its texts. Size: the checkpoint on disk, and what the loaded model holds.
 
 Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batch 1, 8 and 64, arms taking turns, prefill subtracted.
 
@@ -96,21 +97,23 @@ def answer_logprobs(model, samples):
 
 
 def damage(model, exact, samples):
-    """({lang: loss}, {lang: divergence}): nats per token of the reference answers, and KL(exact || model) there, exact from FP32."""
-    sums = defaultdict(lambda: torch.zeros(3))
+    """({lang: loss}, {lang: divergence}, {lang: moved}) per token of the reference answers: nats, KL(exact || model) in nats, exact from
+    FP32, and the share of probability that stands on other tokens than in exact."""
+    sums = defaultdict(lambda: torch.zeros(4))
     for (lang, ids_1T, mask_T), logp_AV, exact_AV in zip(samples, answer_logprobs(model, samples), exact, strict=True):
-        nll = -logp_AV.gather(1, ids_1T[0, 1:][mask_T].unsqueeze(1)).sum()
-        sums[lang] += torch.stack([nll, (exact_AV.exp() * (exact_AV - logp_AV)).sum(), mask_T.sum()])
-    return tuple({lang: (s[i] / s[2]).item() for lang, s in sums.items()} for i in (0, 1))
+        nll, p_AV = -logp_AV.gather(1, ids_1T[0, 1:][mask_T].unsqueeze(1)).sum(), exact_AV.exp()
+        moved = (p_AV - logp_AV.exp()).abs().sum() / 2
+        sums[lang] += torch.stack([nll, (p_AV * (exact_AV - logp_AV)).sum(), moved, mask_T.sum()])
+    return tuple({lang: (s[i] / s[3]).item() for lang, s in sums.items()} for i in range(3))
 
 
 def measure(model, exact, tokenizer, test, samples, reference=None):
-    """{"loss", "divergence", "accuracy", "differ", "answers"}: means over languages; share of answers unlike the reference's."""
-    loss, divergence = (statistics.mean(by_language.values()) for by_language in damage(model, exact, samples))
+    """{"loss", "divergence", "moved", "accuracy", "differ", "answers"}: means over languages; share of answers unlike the reference's."""
+    loss, divergence, moved = (statistics.mean(by_language.values()) for by_language in damage(model, exact, samples))
     answers = [answer for _, answer in answer_tasks(model, tokenizer, test, thinking=True)]
     differ = sum(a != b for a, b in zip(answers, reference or answers, strict=True)) / len(answers)
     right = accuracy(test, answers)["overall"]
-    return {"loss": loss, "divergence": divergence, "accuracy": right, "differ": differ, "answers": answers}
+    return {"loss": loss, "divergence": divergence, "moved": moved, "accuracy": right, "differ": differ, "answers": answers}
 
 
 def quality(model, tokenizer, dtype):
@@ -213,7 +216,7 @@ def rare(model, tokenizer):
             arms |= {f"{name}, calibrated without Thai": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
         for name, (method, batches) in arms.items():
             arm = quantize_model(changed, batches, method)
-            loss, divergence = damage(reloaded(arm), exact, samples)
+            loss, divergence, _ = damage(reloaded(arm), exact, samples)
             others = [lang for lang in loss if lang != RARE]
             results[factor][name] = {
                 "others": statistics.mean(divergence[lang] for lang in others), "rare": divergence[RARE],
@@ -264,11 +267,12 @@ def tables(results):
             rows.append([name, f"{memory[name] / 1e6:.0f}", *cells])
         made["speed"] = table(rows, ["tokens/s", "memory, MB", *(f"batch {batch}" for batch in rates["FP32"])])
     if "quality" in results:
-        shown, rows = {"loss": (1, 4), "divergence": (1, 4), "accuracy": (100, 1), "layer error": (100, 1)}, []
+        shown, rows = {"loss": (1, 4), "divergence": (1, 4), "moved": (100, 3), "accuracy": (100, 1), "layer error": (100, 1)}, []
         for name, arm in results["quality"]["arms"].items():
             cells = (", ".join(f"{k * run[key]:.{d}f}" for run in arm["runs"] if key in run) for key, (k, d) in shown.items())
             rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells])
-        made["quality"] = table(rows, ["", "MB on disk", "in memory", "loss", "divergence", "accuracy, %", "mean layer error, %"])
+        header = ["", "MB on disk", "in memory", "loss", "divergence", "probability moved, %", "accuracy, %", "mean layer error, %"]
+        made["quality"] = table(rows, header)
     if "rare" in results:
         rows = []
         for factor, arms in results["rare"].items():

@@ -227,6 +227,16 @@ def test_clips_are_the_best_of_all():
     assert (clip < 1).sum() > 12 and (best < errors(1.0)).sum() > 12  # of 24 rows
 
 
+def test_queries_and_keys_are_not_clipped():
+    """Their scales are those of the whole range of each group (64 inputs); values, some of them, have a smaller one."""
+    for mine, block in zip(quantized("awq").blocks, model().blocks, strict=True):
+        attention, qkv = block.attention, mine.attention.qkv
+        c_D = 1.0 if qkv.input_scale is None else qkv.input_scale[0].float()
+        whole = quantize_int4(attention.qkv.weight / c_D, 64)[1]
+        qk = (attention.H + attention.G) * attention.C
+        assert torch.equal(qkv.scales[0, :qk].float(), whole[:qk]) and (qkv.scales[0, qk:].float() < whole[qk:]).sum() > 3
+
+
 def test_input_scales_by_hand():
     x, weight = torch.tensor([[1.0, -16.0], [-1.0, 16.0]]), torch.tensor([[4.0, 1.0], [0.5, 1.0]])
     scales = {(method, alpha): c.tolist() for method in ("awq", "fp8") for alpha, c in input_scales(weight, x, method)}
