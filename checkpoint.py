@@ -325,6 +325,8 @@ def export(run, folder):
     write_atomically(os.path.join(folder, "origin.json"), json.dumps(origin, indent=1).encode())
     path = os.path.join(folder, stage, f"step_{state['step']}.pt")
     save_checkpoint(path, model, step=state["step"], stage=stage, tokenizer_hash=state["tokenizer_hash"], seed=state["seed"])
+    if state["step"] < state.get("planned", 0):
+        print(f"{stage} was stopped at step {state['step']} of {state['planned']}, which the exported checkpoint does not say")
     size = sum(os.path.getsize(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
     print(f"{path}: {stage} of {run} in bf16; the folder has {size / 1e6:.1f} MB")
 
@@ -344,9 +346,9 @@ def main():
             parameters = sum(t.numel() for t in state["model"].values())
             size = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(path), "**"), include_hidden=True) or [path]))
             print(f"{path}: intact, {parameters / 1e6:.2f}M parameters, seed {state['seed']}, {size / 1e6:.1f} MB")
-    print(f"newest stage: {latest_stage(args.run)}")
     if torn:
         raise InputError("\n".join(torn))
+    print(f"newest stage: {latest_stage(args.run)}")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None
         if len(prompts[-1]) >= model.config.max_seq_len:
             raise InputError(f"task {task['id']}: {len(prompts[-1])} tokens leave no room for an answer in {model.config.max_seq_len}")
     kept, greedy = Answers() if kept is None else kept, with_room(GREEDY, tokenizer, tasks)
-    missing = [prompt for prompt in prompts if kept.key(prompt, greedy) not in kept.texts]
+    asked = {kept.key(prompt, greedy): prompt for prompt in prompts}
+    missing = [prompt for key, prompt in asked.items() if key not in kept.texts]
     for start in range(0, len(missing), 256):
         part = missing[start : start + 256]
         kept.add(part, greedy, [completion.text for completion in generate(model, tokenizer, part, greedy)])
@@ -288,8 +289,8 @@ def evaluate_stages(run, device, test, documents, samples, seed=0):
             lengths = [model.config.max_seq_len // 2**i - 8 for i in (3, 2, 1, 0)]
             report["retrieval"][stage] = retrieval(model, tokenizer, lengths, seed, chat=not plain)
         if not plain and stage == last:
-            cut = ask([without_text(task) for task in test], thinking=thinks)
-            report["accuracy"]["without text"] = accuracy(test, [answer for _, answer in cut])
+            cut = [without_text(task) for task in test]
+            report["accuracy"]["without text"] = accuracy(cut, [answer for _, answer in ask(cut, thinking=thinks)])
             report["thinking"] = thinking_switch(test, ask)
             report["choices"] = multiple_choice(model, tokenizer, test)
             if samples > 1:
@@ -304,7 +305,7 @@ def main():
         tasks=dict(default="5", help="held-out tasks per task and language, or a .jsonl file of your own"),
         samples=dict(type=int, default=1, help="answers to sample for mean@1, majority@N and pass@N (1: none)"),
     )  # fmt: skip
-    if args.tasks.lstrip("-").isdecimal() and int(args.tasks) < 1:
+    if args.tasks.removeprefix("-").isdecimal() and int(args.tasks) < 1:
         raise InputError(f"--tasks is {args.tasks}, must be at least 1 or a file")
     device = cli.pick_device(args.device)
     test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)

@@ -184,9 +184,8 @@ class Chats:
             self.domains.append(DOMAINS.index(domain))
         if not self.samples:
             raise InputError("no conversation fits the context")
-        for name in full:
-            if DOMAINS.index(name) not in self.domains:
-                raise InputError(f'no conversation is of the domain {name}: field "task" says which, see data/tasks.py for the names')
+        if full and not any(DOMAINS.index(name) in self.domains for name in full):
+            raise InputError(f'no conversation is of the domain {full[0]}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
         self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # what up to eight cp ranks can cut
         self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1

@@ -97,42 +97,6 @@ def merge_pairs(words, freqs, vocab_size, max_token_chars):
     counts = defaultdict(int, {pair: sum(map(freqs.__getitem__, holders)) for pair, holders in where.items()})
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
-
-    def replace(holders, pair, new):
-        """Merge `pair` in the words; return the new pairs, whose counts are set. Only neighbouring pairs change."""
-        (left, right), born = pair, defaultdict(list)
-        for w in holders:
-            parts = words[w].split(pair)
-            if len(parts) == 1:  # no longer there
-                continue
-            words[w], freq, inside = new.join(parts), freqs[w], False
-            for before, after in itertools.pairwise(parts):  # what stands around each occurrence
-                if before:
-                    counts[before[-1] + left] -= freq
-                    born[before[-1] + new].append(w)
-                elif inside:  # two occurrences touch
-                    counts[right + left] -= freq
-                    born[new + new].append(w)
-                if after:
-                    counts[right + after[0]] -= freq
-                    born[new + after[0]].append(w)
-                inside = True
-        for grown, holders in born.items():
-            counts[grown] = sum(map(freqs.__getitem__, holders))
-        where.update(born)
-        return set(born)
-
-    def encode_again(w):
-        """Bring word w to what the encoder makes of it, whatever it was; return its pairs."""
-        old, freq = words[w], freqs[w]
-        new = words[w] = "".join(symbol(ranks[part]) for part in bpe(to_bytes(b"".join(spelling[c] for c in old)), ranks))
-        for pair in map(str.__add__, old, old[1:]):
-            counts[pair] -= freq
-        for pair in map(str.__add__, new, new[1:]):
-            counts[pair] += freq
-            where[pair].append(w)
-        return set(map(str.__add__, new, new[1:]))
-
     while heap and len(ranks) < vocab_size:
         negative, pair = heapq.heappop(heap)
         count = counts[pair]
@@ -143,22 +107,31 @@ def merge_pairs(words, freqs, vocab_size, max_token_chars):
         token = spelling[pair[0]] + spelling[pair[1]]
         if count < 2 or characters(token) > max_token_chars:
             continue
-        new = symbol(len(ranks))
+        new, (left, right), born = symbol(len(ranks)), pair, defaultdict(list)
         ranks[token], spelling[new] = len(ranks), token
-        # Other pairs may spell the same bytes (t+he, th+e), now or once this merge made new neighbours; a rank
-        # table cannot tell them apart, so the encoder merges them too and so do we.
-        twins = {symbol(ranks[token[:i]]) + symbol(ranks[token[i:]]) for i in range(1, len(token))
-                 if token[:i] in ranks and token[i:] in ranks} - {pair}  # fmt: skip
-        again = set().union(*(where.pop(twin) for twin in twins if counts.get(twin, 0) > 0))
-        grown = replace([w for w in where.pop(pair) if w not in again] if again else where.pop(pair), pair, new)
-        while again:
-            for w in again:
-                grown |= encode_again(w)
-            known = [p for p in grown if counts[p] > 0 and spelling[p[0]] + spelling[p[1]] in ranks]
-            again = set().union(*(where.pop(p) for p in known))
-        for p in grown:
-            if counts[p] > 1:
-                heapq.heappush(heap, (-counts[p], p))
+        # No other pair spells the same bytes, though a rank table could not tell them apart: no merge has crossed the borders of what
+        # stands between two tokens, so it is merged alike wherever it stands.
+        for w in where.pop(pair):
+            parts = words[w].split(pair)
+            if len(parts) == 1:  # no longer there
+                continue
+            words[w], freq, inside = new.join(parts), freqs[w], False
+            for before, after in itertools.pairwise(parts):  # what stands around each occurrence; no other pairs change
+                if before:
+                    counts[before[-1] + left] -= freq
+                    born[before[-1] + new].append(w)
+                elif inside:  # two occurrences touch
+                    counts[right + left] -= freq
+                    born[new + new].append(w)
+                if after:
+                    counts[right + after[0]] -= freq
+                    born[new + after[0]].append(w)
+                inside = True
+        where.update(born)
+        for grown, holders in born.items():
+            counts[grown] = sum(map(freqs.__getitem__, holders))
+            if counts[grown] > 1:
+                heapq.heappush(heap, (-counts[grown], grown))
     return ranks
 
 

@@ -15,10 +15,10 @@ import zlib
 from cli import InputError
 from data import market
 from data.scorers import SCORERS
-from tokenizer import ROLES
+from tokenizer import EUROPEAN, ROLES
 
 BESIDE = (".counts", ".npy", ".part", "settings.json", "report.json")  # what the corpus chain leaves beside its documents
-CODES = set(market.LANGUAGES) | set(["nl", "fr", "de", "el", "it", "pl", "ru", "es", "uk"])
+CODES = {*market.LANGUAGES, *EUROPEAN}
 
 
 @contextlib.contextmanager

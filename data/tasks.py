@@ -351,7 +351,7 @@ CONVERSATIONS = {  # training only: one reading of a text serves many answers
     "orders": orders,
     "shelf": shelf,
 }
-# share of each in the training set, in percent of the conversations; a page with seven questions is ten times as long as a fact.
+# how often each is drawn for the training set, relative to a mixture's sum; a page with seven questions is ten times as long as a fact.
 # What is found in pages comes first, and copying; sft2 adds sums and orders with their thoughts
 FIRST = {
     "page": 15, "echo": 8, "review_understanding": 6, "query_rewriting": 10, "matching": 2, "classification": 1,

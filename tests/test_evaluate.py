@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,6 +47,23 @@ def test_the_last_stage_is_evaluated_whichever_it_is(micro_config, micro_tokeniz
             report, _ = evaluate_stages(str(tmp_path), torch.device("cpu"), tasks("test", 0, 1)[:2], [{"text": "a", "lang": "en"}], 1)
             expected = {"mtp": ["long", "mtp"], "drills": ["long", "sft1", "drills", "without text"]}[stage]
             assert list(report["accuracy"]) == expected and list(report["bits_per_byte"]) == expected[:3]
+
+
+def test_what_is_equal_without_its_text_is_asked_and_counted_once(micro_config, micro_tokenizer, tmp_path, monkeypatch):
+    """Two pages, one question: the interval without text is that of a single task."""
+    micro_tokenizer.save(tmp_path)
+    model = Compass(dataclasses.replace(micro_config, max_seq_len=256))
+    save_checkpoint(str(tmp_path / "sft1" / "step_1.pt"), model, step=1, stage="sft1", tokenizer_hash=micro_tokenizer.hash)
+    pages = [[{"role": "user", "content": f"{page}\n\ncolour?"}] for page in ("red hat", "blue hat")]
+    test = [{**task, "messages": page, "scorer": "exact"} for task, page in zip(tasks("test", 0, 1)[:2], pages, strict=True)]
+    asked = []
+    monkeypatch.setattr("evaluate.generate", lambda m, t, prompts, *rest: [asked.append(p) or SimpleNamespace(text="x") for p in prompts])
+    for name in ("retrieval", "thinking_switch", "multiple_choice", "sample_chats"):
+        monkeypatch.setattr(f"evaluate.{name}", lambda *args, **kwargs: {})
+    report, _ = evaluate_stages(str(tmp_path), torch.device("cpu"), test, [{"text": "a", "lang": "en"}], 1)
+    assert len(asked) == 3
+    whole, cut = (report["accuracy"][name]["intervals"]["overall"] for name in ("sft1", "without text"))
+    assert cut[1] > whole[1]
 
 
 def test_continuations_equal_whole_logits_one_by_one(micro_model, micro_tokenizer):

@@ -167,6 +167,8 @@ def test_a_domain_without_conversations_is_named(micro_tokenizer):
     mine = [({"task": "mine", "messages": [{"role": "user", "content": "a"}], "answer": "b"}, False)]
     with pytest.raises(ValueError, match="no conversation is of the domain e-commerce"):
         Chats(mine, micro_tokenizer, 64, 0, full=FULL["e-commerce"])
+    [(_, mask)] = Chats(mine, micro_tokenizer, 64, 0, full=FULL["all"]).samples  # whatever there is
+    assert mask[1:].all()
 
 
 def test_domains_add_up_to_the_loss(micro_model, micro_tokenizer):

@@ -175,7 +175,7 @@ def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
         resharding.restore(str(tmp_path / "awq.pt"), micro_model)
 
 
-def test_an_exported_log_gives_the_same_losses(micro_config, micro_tokenizer, tmp_path):
+def test_an_exported_log_gives_the_same_losses(micro_config, micro_tokenizer, tmp_path, capsys):
     """The mean of the last 50 steps, though an export keeps one line in a hundred of those before."""
     from report import stage_losses
 
@@ -184,12 +184,16 @@ def test_an_exported_log_gives_the_same_losses(micro_config, micro_tokenizer, tm
     entries = [{"stage": "general", "step": i, "lm": 9 / (i + 1), "tokens_per_s": 1} for i in range(1234)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     checkpoint.export(tmp_path, tmp_path / "out")
+    assert "was stopped at" not in capsys.readouterr().out
     kept = read_metrics(tmp_path / "out")
     assert len(kept) == 13 + 50 - 1  # step 1200 is of both
     expected = np.mean([entry["lm"] for entry in entries[-50:]])
     assert stage_losses(entries)[0] == stage_losses(kept)[0] == {"general": pytest.approx(expected)}
     old = [entry for entry in kept if entry["step"] % 100 == 0]  # an export that has one of these steps
     assert stage_losses(old)[0] == {"general": entries[1200]["lm"]}
+    save_checkpoint(str(tmp_path / "general" / "step_1234.pt"), Compass(micro_config), step=1234, planned=2000, stage="general")
+    checkpoint.export(tmp_path, tmp_path / "halfway")
+    assert "general was stopped at step 1234 of 2000, which" in capsys.readouterr().out
 
 
 def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
@@ -277,7 +281,7 @@ def test_stages_of_one_folder_draw_their_own_order(micro_tokenizer, tmp_path, mo
     assert rows_of[0] == rows_of[2] and not rows_of[0] <= rows_of[1]
 
 
-def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys):
+def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows, tmp_path, capsys, monkeypatch):
     straight = train(micro_config, rows, tmp_path, steps=None)
     newest, older = checkpoints(tmp_path, "general")
     content = open(newest, "rb").read()
@@ -293,6 +297,10 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows,
         load_latest(tmp_path, "general")
     with pytest.raises(ValueError, match="nonsense not found; the stages are general, "):
         load_latest(tmp_path, "nonsense")
+    os.rename(tmp_path / "general", tmp_path / "reward")  # a folder without any stage is no less torn
+    monkeypatch.setattr("sys.argv", ["checkpoint.py", "--run", str(tmp_path)])
+    with pytest.raises(ValueError, match="step_12.pt is torn or foreign"):
+        checkpoint.main()
 
 
 def test_full_disk_leaves_the_old_checkpoint(micro_model, tmp_path, monkeypatch):
