@@ -7,7 +7,7 @@ documents are measured, new ones in training's templates and ones in the held-ou
 because retrieval from scratch takes long; the cities to be found have weight 1, plain text 0.03, and 0.3 once finding is learnt. Three
 seeds of initialisation and data; finished ones are kept in benchmarks/results/long_context.jsonl.
 
-    python -m benchmarks.long_context      # two hours and a half with one thread
+    python -m benchmarks.long_context      # almost three hours with one thread
 """
 
 import dataclasses

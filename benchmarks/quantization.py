@@ -267,7 +267,7 @@ def tables(results):
             rows.append([name, f"{memory[name] / 1e6:.0f}", *cells])
         made["speed"] = table(rows, ["tokens/s", "memory, MB", *(f"batch {batch}" for batch in rates["FP32"])])
     if "quality" in results:
-        shown, rows = {"loss": (1, 4), "divergence": (1, 4), "moved": (100, 3), "accuracy": (100, 1), "layer error": (100, 1)}, []
+        shown, rows = {"loss": (1, 4), "divergence": (1, 5), "moved": (100, 3), "accuracy": (100, 1), "layer error": (100, 1)}, []
         for name, arm in results["quality"]["arms"].items():
             cells = (", ".join(f"{k * run[key]:.{d}f}" for run in arm["runs"] if key in run) for key, (k, d) in shown.items())
             rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells])
