@@ -16,7 +16,6 @@ import numpy as np
 from checkpoint import LAST, STAGES, write_atomically
 
 plt.rcParams["figure.constrained_layout.use"] = True
-plt.rcParams["text.parse_math"] = False  # a task of the user's may be called "$5 or $10"
 
 
 def stage_losses(metrics):
@@ -43,8 +42,8 @@ def percent_map(axis, grid_RC, columns, rows):
     for (i, j), share in np.ndenumerate(grid_RC):
         if share == share:
             axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color="w" if share > 0.6 else "k")
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns, parse_math=False)  # a task of the user's may be called "$5 or $10"
+    axis.set_yticks(range(len(rows)), rows, parse_math=False)
 
 
 def plot_losses(metrics, path):

@@ -268,6 +268,7 @@ def test_a_price_in_a_name_is_no_formula(tmp_path):
     percent_map(axis, np.ones((1, 1)), ["$%^$"], ["$5 or $10"])
     save(figure, str(tmp_path / "map.png"))
     assert (tmp_path / "map.png").stat().st_size > 1000
+    assert plt.rcParams["text.parse_math"]  # the powers of ten on a logarithmic axis are formulas
 
 
 def test_a_bar_in_a_name_stays_inside_its_cell():
