@@ -77,16 +77,12 @@ def select_pair(answers, rewards, correct=None):
     General prompts (correct is None): highest against lowest reward. Prompts with a checkable answer: the highest reward among the
     right ones against the highest among the wrong ones; none where all are right or all wrong. Two equal texts are no pair.
     """
-    if not answers:
-        return None
     order = sorted(range(len(answers)), key=lambda i: -rewards[i])
-    if correct is None:
-        best, worst = order[0], order[-1]
-    else:
-        right, wrong = ([i for i in order if bool(correct[i]) == side] for side in (True, False))
-        if not right or not wrong:
-            return None
-        best, worst = right[0], wrong[0]
+    right = [i for i in order if correct is None or correct[i]]
+    wrong = order[::-1] if correct is None else [i for i in order if not correct[i]]
+    if not right or not wrong:
+        return None
+    best, worst = right[0], wrong[0]
     if answers[best] == answers[worst] or (correct is None and rewards[best] == rewards[worst]):
         return None
     return answers[best], answers[worst]
@@ -161,7 +157,7 @@ def label(tokenizer, examples, prompts, completions, judge, off_policy=False):
     """
     n, end, rows, left_out = len(completions) // len(examples), tokenizer.special["<|end|>"], [], Counter()
     for i, (task, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        ended = [completion for completion in completions[i * n : (i + 1) * n] if completion.stopped and completion.ids]
+        ended = [made for made in completions[i * n : (i + 1) * n] if made.stopped and split_thought(made.text)[1]]
         left_out["unfinished or empty answers"] += n - len(ended)
         texts = [split_thought(completion.text)[1] for completion in ended]
         by_reward = task["scorer"] in OPEN and not off_policy
@@ -223,8 +219,8 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
 
 def tune(stage, objective, args, off_policy=False):
     """Train one preference stage from the run's last sft stage: on pairs, or with --rounds on the run's own answers (`online`)."""
-    if not args.beta > 0:
-        raise InputError(f"--beta is {args.beta}, must be over 0: without the pull there is no reference")
+    if not 0 < args.beta < math.inf:
+        raise InputError(f"--beta is {args.beta}, must be over 0 and finite: without the pull there is no reference")
     if checkpoints(args.run, f"{stage}/{max(1, args.rounds)}"):
         raise InputError(f"{args.run}/{stage} was begun with more rounds than {args.rounds}: give as many, or another --run")
     if args.rounds > 0:

@@ -4,12 +4,12 @@ Every live request owns one row of the cache. A finished request leaves and a wa
 they are. A prompt that several requests share is held once, as a prefix beside the rows. Prefill fills the slots of all tokens
 of a prompt but the last; the last one enters the common step like every token after it.
 
-A step runs one token of every row, and with drafting D more that the MTP blocks have guessed. The token at each place is drawn
+A step runs one token of every row, and with drafting a few more that the MTP blocks have guessed. The token at each place is drawn
 from the model's own distribution with the request's own random number for that place; the next guess stands as long as it equals what
 was drawn. So drafting changes the speed and not the answer, greedy or sampled, and what a request gets depends on its seed,
 prompt and number alone (up to rounding of the logits: other batch shapes sum in another order).
 
-Shapes: B rows, A of them that draw a token at a place, R rows of the whole cache, T = 1 + D tokens of a step, D model width,
+Shapes: B rows, A of them that draw a token at a place, R rows of the whole cache, T tokens of a step (one and its drafts), D model width,
 V vocabulary, K candidates.
 
     python engine.py      # 100 random requests to a random model: steps, tokens, memory
@@ -200,6 +200,8 @@ class Engine:
         if request in self.live:
             row = self.live.index(request)
             self.live[row], self.cache.first_B[row] = None, 0
+            if request.error:  # even what is never seen must be finite: 0 * NaN is NaN
+                self.cache.k[:, row], self.cache.v[:, row] = 0.0, 0.0
         else:  # cancelled while it waited
             self.waiting.remove(request)
         request.prefix = None
@@ -358,8 +360,6 @@ class Engine:
         if not logprob > -torch.inf:  # NaN too
             request.error = "the model's logits are not finite: the checkpoint is damaged or training diverged"
             request.done = True
-            row = self.live.index(request)
-            self.cache.k[:, row], self.cache.v[:, row] = 0.0, 0.0  # even what is never seen must be finite: 0 * NaN is NaN
         elif token in self.stop_ids:
             request.stopped = request.done = True
         else:
@@ -370,7 +370,7 @@ class Engine:
                 request.read(self.tokenizer)
 
     def _draft(self, cache, h_BTD, ahead_BT, last_B, rope):
-        """The MTP blocks' guesses after each row's last new token (v3), a list of D per row.
+        """The MTP blocks' guesses after each row's last new token (v3), a list of one per block for each row.
 
         ahead_BT[b, t] is the token after position t. Block k joins the state of the block before with the token k places ahead; after
         the last known token that is the guess just made. Entries beyond last_B are garbage that later steps overwrite.

@@ -55,21 +55,22 @@ def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64, stops=(), dr
         raise InputError(f"n is {n}, max_rows {max_rows}: both must be at least 1")
     if not ids:
         return []
-    slots = max(map(len, ids)) + max(1, sampling.max_tokens)
+    refuse(sampling.fault())
+    slots = max(map(len, ids)) + sampling.max_tokens
     engine = Engine(model, tokenizer, min(max_rows, len(ids) * n), slots, draft)
     requests = [None] * (len(ids) * n)
     for i in sorted(range(len(requests)), key=lambda i: (len(ids[i // n]), i)):  # like lengths decode together
         requests[i] = engine.submit(ids[i // n], sampling, i % n, stops, f"prompt {i // n}")
-        refuse(requests[i])
+        refuse(requests[i].error)
     engine.run()
     for request in requests:
-        refuse(request)
+        refuse(request.error)
     return [Completion(r.text, r.ids, r.logprobs, r.stopped) for r in requests]
 
 
-def refuse(request):
-    if request.error:
-        raise InputError(request.error)
+def refuse(fault):
+    if fault:
+        raise InputError(fault)
 
 
 def stream(model, tokenizer, prompt, sampling, stops=()):
@@ -78,12 +79,13 @@ def stream(model, tokenizer, prompt, sampling, stops=()):
     prompt: token ids or a string. Leaving the loop early ends the answer. Raises InputError like `generate`.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    engine = Engine(model, tokenizer, 1, len(ids) + max(1, sampling.max_tokens), draft=model.config.mtp_depth > 0)
+    refuse(sampling.fault())
+    engine = Engine(model, tokenizer, 1, len(ids) + sampling.max_tokens, draft=model.config.mtp_depth > 0)
     request = engine.submit(ids, sampling, stops=stops)
-    refuse(request)
+    refuse(request.error)
     while not request.done:
         engine.step()
-        refuse(request)
+        refuse(request.error)
         if piece := request.new_text(tokenizer):
             yield piece
 

@@ -79,7 +79,7 @@ class LowBitLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x, counts_E=None):
-        rows, scale = x.reshape(-1, x.shape[-1]), self.input_scale
+        rows, scale = x.reshape(-1, x.shape[-1]).contiguous(), self.input_scale
         if counts_E is None:  # all rows are the one matrix's
             counts_E = torch.full((1,), len(rows), device=x.device)
         if scale is not None:

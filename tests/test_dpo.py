@@ -118,7 +118,7 @@ def test_equals_trl_on_the_same_model_and_batch(pair, tmp_path):
     torch.testing.assert_close(ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("beta", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("beta", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_pull_that_is_none_is_refused(beta):
     with pytest.raises(ValueError, match="--beta is .*, must be over 0"):
         tune("dpo", dpo_objective(beta), argparse.Namespace(beta=beta, rounds=0))
@@ -182,6 +182,9 @@ def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
     assert endings == [" red<|end|>", " green<|end|>", " soft red<|end|>", " red<|end|>"]  # the best of the wrong ones
     alike = label(t, examples[3:], prompts[3:], [completion(t, "blue")] * 4, lambda task, answers: [0.0] * len(answers))[1]
     assert alike["prompts with all answers alike"] == 1  # an open task has no wrong answers
+    blank = [completion(t, ""), completion(t, "soft red"), completion(t, "", think="long"), completion(t, "red")]
+    rows, left_out = label(t, examples[3:], prompts[3:], blank, lambda task, answers: [worth.get(answer, 9.0) for answer in answers])
+    assert left_out == {"unfinished or empty answers": 2} and t.decode(rows[0][0][0]).endswith(" red<|end|>")  # no judge prefers no answer
     nothing = [completion(t, "", False)] * 4
     assert label(t, examples[:1], prompts[:1], nothing, None)[1]["prompts with all answers unfinished"] == 1
 

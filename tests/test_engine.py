@@ -268,6 +268,19 @@ def test_a_moved_row_and_a_poisoned_row(micro_model, micro_tokenizer):
     assert [last.ids, later.ids] == [completion.ids for completion in alone]
 
 
+def test_a_poisoned_row_leaves_no_drafts_behind(micro_config, micro_tokenizer):
+    """The MTP blocks run after the main model: what they made of the poisoned row must go with it."""
+    torch.manual_seed(0)
+    model = Compass(dataclasses.replace(micro_config, mtp_depth=1))
+    with torch.no_grad():
+        model.embedding.weight[499] = torch.nan
+    engine = Engine(model, micro_tokenizer, rows=2, draft=True)
+    engine.submit([7, 8, 9], dataclasses.replace(GREEDY, max_tokens=20))
+    poisoned = engine.submit([5, 499, 6], GREEDY)
+    engine.step()
+    assert "not finite" in poisoned.error and engine.cache.k[:, 1].isfinite().all() and engine.cache.v[:, 1].isfinite().all()
+
+
 def test_a_row_that_stands_empty_stays_finite(micro_model, micro_tokenizer):
     """Its prompt was a shared prefix, so its own slot 0 was a late position; idle until two rows are free, it must not spoil the next."""
     engine = Engine(micro_model, micro_tokenizer, rows=16)

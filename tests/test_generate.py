@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from generate import GREEDY, KVCache, Sampling, chat, filtered_probs, generate, shown, split_thought
+from generate import GREEDY, KVCache, Sampling, chat, filtered_probs, generate, shown, split_thought, stream
 
 PROMPTS = [[5, 9, 300], [17] * 11, [300, 2], [44, 45, 46, 47, 48, 49]]
 
@@ -107,6 +107,10 @@ def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
             generate(micro_model, micro_tokenizer, prompts, GREEDY)
     with pytest.raises(ValueError, match="max_tokens is 0"):
         generate(micro_model, micro_tokenizer, [[1]], Sampling(max_tokens=0))
+    for answer in (lambda settings: generate(micro_model, micro_tokenizer, [[1]], settings),
+                   lambda settings: next(stream(micro_model, micro_tokenizer, [1], settings))):  # fmt: skip
+        with pytest.raises(ValueError, match="max_tokens is 2.5, must be a whole number"):
+            answer(Sampling(max_tokens=2.5))
     with pytest.raises(ValueError, match="max_rows 0: both must be at least 1"):
         generate(micro_model, micro_tokenizer, [[1]], GREEDY, max_rows=0)
     micro_model.norm.weight.data.fill_(float("nan"))
