@@ -39,6 +39,7 @@ from engine import Engine, Sampling
 from evaluate import bits_per_byte
 from generate import GREEDY
 from report import save, table
+from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
@@ -59,9 +60,9 @@ def evaluation_tasks():
     """[(prompt, tokens of the reference answer), …]: a task of each kind in each language, with its thought where it has one."""
     tokenizer, made = Tokenizer.load("checkpoints/tiny"), []
     for task in tasks("test", 0, 1):
-        prompt, _ = tokenizer.encode_chat(task["messages"], thinking="think" in task)
-        answer = {"role": "assistant", "content": np.atleast_1d(task["answer"])[0], "think": task.get("think")}
-        whole, _ = tokenizer.encode_chat([*task["messages"], answer], thinking="think" in task)
+        thinking = "think" in task
+        prompt, _ = tokenizer.encode_chat(task["messages"], thinking)
+        whole, _ = tokenizer.encode_chat(chat_of(task, thinking), thinking)
         made.append((prompt, len(whole) - len(prompt)))
     return made
 
