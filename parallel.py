@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import sys
+import time
 import warnings
 import zlib
 from typing import NamedTuple
@@ -146,6 +147,13 @@ class Ranks:
         flag = torch.tensor(float(flag), device=self.device_type)
         dist.all_reduce(flag)
         return flag.item() > 0
+
+    @staticmethod
+    def leave():
+        """The end of a script. DTensor's caches keep the groups and so gloo's threads alive; one that waits for the GIL, to free what the
+        last collective sent, when the interpreter ends would abort the process."""
+        dist.destroy_process_group()
+        time.sleep(0.1)  # without the GIL
 
     def clip(self, parameters, limit):
         """torch's clip_grad_norm_ over parameters of different meshes: every element counts once, whoever holds it."""

@@ -405,7 +405,7 @@ def main():
     for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
         run_stage(stage, args, device, tokenizer, ranks)
     if ranks is not None:
-        torch.distributed.destroy_process_group()
+        ranks.leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import random
 import resource
 import shutil
 import signal
+import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -236,7 +239,7 @@ def rank_main(rank, world, folder, work):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{work.__name__}", rank=rank, world_size=world)
     work(folder)
-    dist.destroy_process_group()
+    Ranks.leave()
 
 
 @pytest.fixture(scope="module")
@@ -451,6 +454,24 @@ def test_parallel_without_torchrun_says_how_to_start(script, tmp_path):
     result = script("train.py", "--run", tmp_path, "--parallel", "ep=2")
     assert result.returncode == 2 and "torchrun --nproc-per-node N -- train.py --parallel ep=2" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_leaving_lets_a_thread_that_waits_for_the_gil_have_it(monkeypatch):
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    had_it = threading.Event()
+    thread = threading.Thread(target=lambda: (time.sleep(0.05), had_it.set()))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # none has to give the GIL away
+    try:
+        thread.start()
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            assert not had_it.is_set()
+        Ranks.leave()
+        assert had_it.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def test_the_way_to_start_names_the_script(monkeypatch):
