@@ -233,7 +233,7 @@ def tune(stage, objective, args, off_policy=False):
         add_reference(pairs, model)
         fit_stage(model, pairs.batch, objective, for_width(schedule, model.config), stage, args, tokenizer, alarm)
     if ranks is not None:
-        ranks.leave()
+        torch.distributed.destroy_process_group()
 
 
 def main():

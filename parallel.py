@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D model width, E experts, R rows sorted by expert, S r
     python parallel.py --config v2_30b --gpus 64               # the plan of a full-size run, on this machine, without a GPU
 """
 
+import atexit
 import functools
 import math
 import os
@@ -147,13 +148,6 @@ class Ranks:
         flag = torch.tensor(float(flag), device=self.device_type)
         dist.all_reduce(flag)
         return flag.item() > 0
-
-    @staticmethod
-    def leave():
-        """The end of a script. DTensor's caches keep the groups and so gloo's threads alive; one that waits for the GIL, to free what the
-        last collective sent, when the interpreter ends would abort the process."""
-        dist.destroy_process_group()
-        time.sleep(0.1)  # without the GIL
 
     def clip(self, parameters, limit):
         """torch's clip_grad_norm_ over parameters of different meshes: every element counts once, whoever holds it."""
@@ -301,7 +295,7 @@ def packed_orders(model):
 def start(text, config_of, device_name):
     """Join the processes that torchrun started: (this rank's device, Ranks). The first rank speaks for all. config_of() is asked when
     they have met, for reading a checkpoint is work they share."""
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         script = os.path.basename(sys.argv[0])
         raise InputError(f"--parallel {text} needs several processes: torchrun --nproc-per-node N -- {script} --parallel {text}")
     if os.environ["RANK"] != "0":
@@ -309,8 +303,13 @@ def start(text, config_of, device_name):
     device = cli.pick_device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"a node's process {device.index} has no GPU of its own: torch sees {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    # DTensor's caches keep gloo's threads to the end of the process, which aborts if one of them, to free the tensors of the last
+    # collective, still waits for the GIL when the interpreter ends: they get it before
+    atexit.register(time.sleep, 0.1)
     layout = layout_of(text, dist.get_world_size(), config_of())
     print(f"{dist.get_world_size()} processes: {layout}")
     return device, Ranks(layout, device.type)

@@ -224,7 +224,7 @@ def main():
             model = RewardModel(model_from(state, ranks, device), args.seed).to(device)
             fit_stage(model, pairs.batch, reward_loss, for_width(schedule, model.config), stage, args, tokenizer)
     if ranks is not None:
-        ranks.leave()
+        torch.distributed.destroy_process_group()
         print(f"{len(stages)} members trained; python reward.py --run {args.run} --resume, in one process, averages and compares them")
         return
     average_members(args.run, stages, device, args.seed)

@@ -284,7 +284,7 @@ def main():
     for stage in stages:
         run_stage(stage, args, device, tokenizer, ranks)
     if ranks is not None:
-        ranks.leave()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     with _sigterm() as asked, open(log_path, "a", encoding="utf-8") as log, bar:
         for step in bar:
             began = time.perf_counter()
-            model.mtp_scale = float(schedule.mtp_every > 0 and step % max(1, schedule.mtp_every) == 0)
+            model.mtp_scale = float(schedule.mtp_every > 0 and step % schedule.mtp_every == 0)
             model.router_scale = np.interp(step, (0, max(1, schedule.steps - 1)), schedule.router).item()
             micro_batches, lr = batches(step), lr_at(step, schedule)
             mine = [ranks.take(batch) for batch in micro_batches]
@@ -331,7 +331,7 @@ def stage_schedule(stage, args, schedule, base=""):
 
 def processes(args, config_of):
     """(device, parallel.Ranks), or (device, None) for a process that torchrun did not start. config_of() is the model's config."""
-    if args.parallel or "WORLD_SIZE" in os.environ:
+    if args.parallel or "LOCAL_RANK" in os.environ:
         from parallel import start
 
         return start(args.parallel, config_of, args.device)
@@ -405,7 +405,7 @@ def main():
     for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
         run_stage(stage, args, device, tokenizer, ranks)
     if ranks is not None:
-        ranks.leave()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

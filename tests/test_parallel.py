@@ -1,6 +1,7 @@
 """parallel.py and plan.py: every layout on gloo processes equals one process, shards load anywhere, faults, the plan by hand."""
 
 import argparse
+import atexit
 import dataclasses
 import glob
 import json
@@ -239,7 +240,7 @@ def rank_main(rank, world, folder, work):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{work.__name__}", rank=rank, world_size=world)
     work(folder)
-    Ranks.leave()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -456,18 +457,23 @@ def test_parallel_without_torchrun_says_how_to_start(script, tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_leaving_lets_a_thread_that_waits_for_the_gil_have_it(monkeypatch):
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    had_it = threading.Event()
-    thread = threading.Thread(target=lambda: (time.sleep(0.05), had_it.set()))
-    interval = sys.getswitchinterval()
+def test_a_thread_that_waits_for_the_gil_has_it_before_the_process_ends(monkeypatch):
+    """A thread of Python in place of one of gloo, which would abort the process if it had to wait for ever."""
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0").items():
+        monkeypatch.setenv(name, value)
+    at_exit, had_it = [], threading.Event()
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+    parallel.start("", lambda: CONFIGS["tiny"], "cpu")
+    dist.destroy_process_group()
+    thread, interval = threading.Thread(target=lambda: (time.sleep(0.05), had_it.set())), sys.getswitchinterval()
     sys.setswitchinterval(1000)  # none has to give the GIL away
     try:
         thread.start()
         end = time.monotonic() + 0.2
         while time.monotonic() < end:
             assert not had_it.is_set()
-        Ranks.leave()
+        for function, *args in at_exit:
+            function(*args)
         assert had_it.is_set()
     finally:
         sys.setswitchinterval(interval)
