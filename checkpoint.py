@@ -92,9 +92,10 @@ def payload(path):
     """The bytes of a file without the checksum at its end, which they are compared with."""
     with open(path, "rb") as file:
         content = file.read()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+    body = content[:-32]
+    if hashlib.sha256(body).digest() != content[-32:]:
         raise InputError(f"{path} is torn or foreign: its checksum does not match its content")
-    return content[:-32]
+    return body
 
 
 def read_manifest(path):
@@ -296,7 +297,7 @@ def read_metrics(run):
 
 def rewind_metrics(run, stage, step):
     """Drop a stage's entries from `step` on, so that a resumed run writes each step once."""
-    kept = [entry for entry in read_metrics(run) if entry["stage"] != stage or entry.get("step", 0) < step]
+    kept = [entry for entry in read_metrics(run) if entry["stage"] != stage or entry["step"] < step]
     lines = "".join(json.dumps(entry) + "\n" for entry in kept)
     write_atomically(os.path.join(run, "metrics.jsonl"), lines.encode())
 
@@ -316,8 +317,8 @@ def export(run, folder):
         if name.startswith(("tokenizer.", "report.")) or name.endswith(".png"):
             shutil.copy(os.path.join(run, name), folder)
     metrics = read_metrics(run)
-    ends = {entry["stage"]: entry.get("step", 0) - LAST for entry in metrics}
-    kept = [e for e in metrics if e.get("step", 0) % LOGGED == 0 or e.get("step", 0) > ends[e["stage"]] or "load" in e]
+    ends = {entry["stage"]: entry["step"] - LAST for entry in metrics}
+    kept = [entry for entry in metrics if entry["step"] % LOGGED == 0 or entry["step"] > ends[entry["stage"]]]
     write_atomically(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
     here = os.path.dirname(os.path.abspath(__file__))
     asked = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
@@ -338,17 +339,15 @@ def main():
     torn = []
     for stage in (*STAGES, "reward", "reward/*", "dpo/*", "otpo/*"):  # members and rounds lie in folders of their own
         for path in checkpoints(args.run, stage):
-            try:
-                state = load_checkpoint(path)
-            except InputError as error:
-                torn.append(str(error))
+            if problem := fault(path):
+                torn.append(problem)
                 continue
-            parameters = sum(t.numel() for t in state["model"].values())
+            seed = load_checkpoint(path, weights=False)["seed"]
             size = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(path), "**"), include_hidden=True) or [path]))
-            print(f"{path}: intact, {parameters / 1e6:.2f}M parameters, seed {state['seed']}, {size / 1e6:.1f} MB")
+            print(f"{path}: intact, seed {seed}, {size / 1e6:.1f} MB")
     if torn:
         raise InputError("\n".join(torn))
-    print(f"newest stage: {latest_stage(args.run)}")
+    print(f"last stage, in training order: {latest_stage(args.run)}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
     if ranks is not None:
         raise InputError("--rounds samples in one process: under torchrun train on pairs (--data, or the embedded ones)")
-    if getattr(args, "data", None):
+    if args.data:
         raise InputError(f"--data {args.data} with --rounds: rounds make their pairs from the run's own answers; leave one of the two out")
     names = [*(f"{stage}/{turn}" for turn in range(1, args.rounds)), stage]
     if checkpoints(args.run, stage) and not all(checkpoints(args.run, name) for name in names):

@@ -108,7 +108,7 @@ def substitutes(imbalance):
 
     def exchange_sizes(sent_PE, got_PE, rows):  # an even spread out, `imbalance` times as much in
         P = len(sent_PE)
-        return [rows // P] * P, [int(rows // P * imbalance)] * P
+        return [rows // P + (i < rows % P) for i in range(P)], [int(rows // P * imbalance)] * P
 
     yield compass, "rows_where", lambda mask: slice(None)
     yield Ranks, "mask", lambda ranks, doc_ids_BT: None  # plain causal: shapes and kept memory are those of the masked kernel
@@ -230,7 +230,7 @@ def bytes_received(c, layout, N, imbalance=1.0):
 
     def group(size, stride):
         """(ranks, those of them in one node) of an axis whose neighbours are `stride` ranks apart."""
-        return size, min(size, max(1, NODE // stride))
+        return size, min(size, math.ceil(NODE / stride))
 
     data, experts = group(layout.dp * layout.cp * layout.ep, layout.tp), group(layout.dp * layout.cp, layout.tp * layout.ep)
     routed, context = group(layout.ep, layout.tp), group(layout.cp, layout.tp * layout.ep)
@@ -310,8 +310,10 @@ def pipeline_table(config, layout, recipe, rows):
     sizes = Sizes(config, layout)
     held = (2 + 4) * (config.n_layers / pp * (sizes.block + sizes.router + sizes.experts) + sizes.root / pp)
     print(f"\npipeline of {pp} stages, {micro_steps} micro-steps, by formula   bubble   kept activations of the stages, GB")
-    for name, chunks in (("1F1B", 1), (f"interleaved, {max(2, layout.vpp)} chunks", max(2, layout.vpp))):
-        bubble = (pp - 1) / (chunks * micro_steps + pp - 1)
+    for chunks in (1, max(2, layout.vpp)):
+        if pp * chunks > config.n_layers:
+            continue
+        name, bubble = "1F1B" if chunks == 1 else f"interleaved, {chunks} chunks", (pp - 1) / (chunks * micro_steps + pp - 1)
         if chunks == 1:
             flying = [pp - stage for stage in range(pp)]
         else:  # warm-up of Narayanan et al. 2021: 2 (pp - stage - 1) + (chunks - 1) pp chunks, and the one at work
@@ -337,6 +339,8 @@ def report(args):
     rows = args.rows or recipe.micro_rows
     layout = layout_of(args.parallel or LAYOUTS.get((args.config, T), f"ep={math.gcd(NODE, args.gpus)}"), args.gpus, config)
     ways = layout.dp * layout.ep
+    if args.imbalance > 1 and (layout.ep == 1 or layout.pp > 1):
+        raise InputError("--imbalance is of expert ranks and counted without pipeline stages: it needs ep over 1 and pp = 1")
     print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
     print(f"layout {layout}: {rows} rows of {T // layout.cp:,} tokens a GPU and micro-step"
           f"\nfp32 shards of weights, gradients and moments, bf16 computation, blocks recomputed; expert ranks get "
@@ -345,6 +349,8 @@ def report(args):
         print("multi-token prediction is counted in every step; where the stage leaves it out, all is a little less")
     if 0 < recipe.rows % (ways * rows) < ways:
         raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
+    if recipe.rows < ways * layout.pp:
+        raise InputError(f"{recipe.rows} rows a step leave dp x ep = {ways} ranks fewer micro-batches than the pipeline's {layout.pp} stages")
     if layout.pp > 1:
         pipeline_table(config, layout, recipe, rows)
         return

@@ -148,7 +148,7 @@ def pass_rates(model, tokenizer, examples, n=8, seed=0):
     sampling = with_room(Sampling(temperature=1.0, top_k=0, top_p=1.0, max_tokens=96, seed=seed), tokenizer, examples)
     completions = iter(generate(model, tokenizer, [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], sampling, n))
     scored = [
-        [fit and SCORERS[task.get("scorer", "exact")](split_thought(next(completions).text)[1], task["answer"]) for _ in range(n)]
+        [fit and SCORERS[task["scorer"]](split_thought(next(completions).text)[1], task["answer"]) for _ in range(n)]
         for task, fit in zip(examples, fits, strict=True)
     ]
     return np.mean(scored, axis=1).tolist()
@@ -163,14 +163,15 @@ def decontaminated(examples, test):
 
 
 class Chats:
-    """Encoded conversations; `batch(step)` is a pure function of (seed, step), above 6 ranks also of their number.
+    """Encoded conversations; `batch(step)` is a pure function of (seed, step) and, where a step has few rows, of ranks and stages.
 
     packed: rows of CAPACITY tokens, filled by `pack`; if one conversation is longer, all rows are as wide as the longest and a step has
     fewer of them. Otherwise one conversation a row, in batches of like length, padded to the longest (Distributed Dynamic Padding).
-    full: the domains ("e-commerce", "general") whose prompts are trained on too. ranks: a step has at least a row for each of so many.
+    full: the domains ("e-commerce", "general") whose prompts are trained on too. ranks: a step has at least a row for each of so many;
+    stages: of a pipeline, for whose micro-batches every rank has a multiple of so many rows.
     """
 
-    def __init__(self, chats, tokenizer, context, seed, full=(), packed=True, ranks=1):
+    def __init__(self, chats, tokenizer, context, seed, full=(), packed=True, ranks=1, stages=1):
         self.samples, self.domains, self.seed, self.packed = [], [], seed, packed
         too_long = 0
         for i, (task, thinking) in enumerate(chats):
@@ -188,7 +189,8 @@ class Chats:
             raise InputError(f'no conversation is of the domain {full[0]}: field "task" says which, see data/tasks.py for the names')
         lengths = [len(ids) for ids, _ in self.samples]
         self.capacity = max(CAPACITY, -(-max(lengths) // 16) * 16)  # what up to eight cp ranks can cut
-        self.units_per_step = max(ranks, round(CAPACITY * ROWS / self.capacity)) if packed else 1
+        multiple = ranks * stages if stages > 1 else 1
+        self.units_per_step = -(-max(ranks, round(CAPACITY * ROWS / self.capacity)) // multiple) * multiple if packed else 1
         self.units = pack(lengths, self.capacity) if packed else length_buckets(lengths, CAPACITY * ROWS, random.Random(seed), ranks)
         places = sum(self.width(members) * (1 if packed else len(members)) for members in self.units)
         print(
@@ -258,10 +260,13 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         examples = selected_thoughts(stage, examples, args, device)
     if not examples:
         raise InputError(f"{stage}: no task is left to train on")
+    stages = ranks.layout.pp if ranks is not None else 1
+    if stages > 1 and args.batching == "padded":
+        raise InputError("--batching padded makes batches of any number of rows, which a pipeline cannot cut: pack them, or leave pp at 1")
     model = model_from(state, ranks, device)
     chats = Chats(
         curriculum(stage, examples, args.seed), tokenizer, model.config.max_seq_len, args.seed, FULL[args.full], args.batching == "packed",
-        model.ranks.count,
+        model.ranks.count, stages,
     )  # fmt: skip
     fit_stage(model, chats.batch, sft_loss, for_width(schedule, model.config), stage, args, tokenizer)
 

@@ -205,7 +205,9 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     """
     ranks, device, optimizer, start = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
     first = batches(0)[0]
-    data = zlib.crc32(first["tokens"][0][first["doc_ids"][0] >= 0].numpy().tobytes())  # of a row: more ranks may take more rows a step
+    # the tokens of a row, for more ranks may take more rows a step, and which of them are trained on
+    row = torch.stack((first["tokens"], first.get("mask", first["weights"])), dim=-1)[0][first["doc_ids"][0] >= 0]
+    data = zlib.crc32(row.numpy().tobytes())
     if ranks.several:
         import resharding  # takes a second, which a single process need not wait for
     if begun(run, stage, resume):
@@ -307,7 +309,8 @@ def stage_schedule(stage, args, schedule, base=""):
     Raises InputError where the stage has begun and is not to be resumed, before anything is made for it; or was begun with other steps,
     another seed or from another stage: its schedule and data were others, and a later stage may have been built on it.
     """
-    schedule = schedule._replace(base=base)
+    settings = (f", --{name} {value}" for name in ("beta", "weights") if (value := getattr(args, name, None)) is not None)
+    schedule = schedule._replace(base=base + "".join(settings))  # what the stage is built on and trained for
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
     if begun(args.run, stage, args.resume):
@@ -318,9 +321,9 @@ def stage_schedule(stage, args, schedule, base=""):
                 f"{args.run}/{stage} was begun with {steps} steps and seed {seed}, not {schedule.steps} and {args.seed}: "
                 f"say --steps and --seed as then, or name another --run"
             )
-        if (begun_from := state.get("base") or base) != base:
+        if (begun_from := state.get("base") or schedule.base) != schedule.base:
             raise InputError(
-                f"{args.run}/{stage} was begun from {begun_from}, and now {base} is there to start from: delete {args.run}/{stage} to "
+                f"{args.run}/{stage} was begun from {begun_from}, and now it would be from {schedule.base}: delete {args.run}/{stage} to "
                 f"train it anew, or name another --run"
             )
         if state["step"] >= schedule.steps:

@@ -68,11 +68,11 @@ def test_a_users_own_tasks(demo, script, tmp_path):
 
 def test_checkpoints_are_listed(demo, script, tmp_path):
     result = script("checkpoint.py", "--run", demo[0])
-    assert result.stdout.count("intact, 2.6") == 6 and result.stdout.endswith("newest stage: otpo\n")
+    assert result.stdout.count("intact, seed 0") == 6 and result.stdout.endswith("last stage, in training order: otpo\n")
     run = shutil.copytree(demo[0], tmp_path / "run")
     (run / "anneal" / "step_3.pt").write_bytes(b"torn")
     result = script("checkpoint.py", "--run", run)
-    assert result.returncode == 2 and result.stdout.count("intact, 2.6") == 5 and result.stderr.count("anneal/step_3.pt is torn") == 1
+    assert result.returncode == 2 and result.stdout.count("intact, seed 0") == 5 and result.stderr.count("anneal/step_3.pt is torn") == 1
 
 
 def test_the_shipped_checkpoints_script_goes_on_and_exports(demo, script, tmp_path):

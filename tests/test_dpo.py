@@ -269,7 +269,7 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     monkeypatch.setattr("dpo.sample_answers", sampled)
     made = [{"messages": [{"role": "user", "content": f"{i}?"}], "answer": str(i), "scorer": "number"} for i in range(9)]
     monkeypatch.setattr("dpo.tasks", lambda split, seed, per_task: seeds.append((split, seed)) or made)
-    args = argparse.Namespace(run=str(tmp_path), device="cpu", seed=0, steps=4, resume=False, rounds=2, parallel=None)
+    args = argparse.Namespace(run=str(tmp_path), data=None, device="cpu", seed=0, steps=4, resume=False, rounds=2, parallel=None)
     online("dpo", dpo_objective(0.1), args, schedule=ROUND._replace(peak=1e-3))
     assert torch.equal(starts[0], micro_model.head.weight) and not torch.equal(starts[1], starts[0])
     assert len(set(seeds)) == len(seeds) == 4  # each round has prompts and samples of its own

@@ -402,7 +402,7 @@ def test_two_processes_pretrain_and_tune_and_one_reads_the_result(script, micro_
     result = script(*torchrun, "otpo.py", *preferences, "--parallel", "tp=2")
     assert result.returncode == 0 and curve(run)[-1] == (0, pytest.approx(0.693, abs=1e-3)), result.stderr
     result = script("checkpoint.py", "--run", run)  # four stages and otpo in shards, the reward models' members too; their average
-    assert result.stdout.count("intact, 2.68M") == 10 and "newest stage: otpo" in result.stdout and not result.stderr, result.stderr
+    assert result.stdout.count("intact, seed 0") == 10 and "training order: otpo" in result.stdout and not result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("axis", ["pp", "cp"])
@@ -509,13 +509,16 @@ def test_one_row_of_the_plan_by_hand():
 
 @pytest.mark.parametrize(
     "name,layout,rows,T,imbalance",
-    [("v2_30b", Layout(dp=8, ep=8), 3, 4096, 1.5), ("v3_245b", Layout(dp=8, cp=8, ep=8), 1, 131_072, 1.0)],
-)
+    [
+        ("v2_30b", Layout(dp=8, ep=8), 3, 4096, 1.5), ("v3_245b", Layout(dp=8, cp=8, ep=8), 1, 131_072, 1.0),
+        ("small", Layout(dp=16, ep=3), 5, 2048, 1.0),  # rows that three do not divide, groups that no node holds evenly
+    ],
+)  # fmt: skip
 def test_tracker_and_formula_agree(name, layout, rows, T, imbalance):
     """Two layers of the full width: every row within a percent (the plan itself allows five)."""
     config = dataclasses.replace(CONFIGS[name], n_layers=2)
     counted, by_hand = plan.tracked(config, layout, rows, T, imbalance), plan.formula(config, layout, rows, T, imbalance)
-    assert counted.keys() == by_hand.keys() and by_hand["peak"] > 5e9
+    assert counted.keys() == by_hand.keys() and by_hand["peak"] > (1e9 if name == "small" else 5e9)
     for row, value in counted.items():
         assert by_hand[row] == pytest.approx(value, rel=0.01), row
 
@@ -536,6 +539,12 @@ def test_the_time_of_a_step_by_hand():
         plan.report(argparse.Namespace(config="v2_30b", stage="general", gpus=64, mfu=0.0))
     with pytest.raises(InputError, match="--imbalance is 0.5"):
         plan.report(argparse.Namespace(config="v2_30b", stage="general", gpus=64, mfu=0.4, imbalance=0.5))
+    args = dict(config="tiny", stage="general", gpus=16, mfu=0.4, rows=None)
+    for layout in ("ep=1", "pp=2,ep=2"):
+        with pytest.raises(InputError, match="--imbalance is of expert ranks"):
+            plan.report(argparse.Namespace(**args, imbalance=2.0, parallel=layout))
+    with pytest.raises(InputError, match="8 rows a step leave dp x ep = 8 ranks fewer micro-batches than the pipeline's 2 stages"):
+        plan.report(argparse.Namespace(**args, imbalance=1.0, parallel="pp=2"))
 
 
 def test_the_plan_is_printed_and_a_gap_is_an_error(monkeypatch, capsys):
@@ -559,7 +568,6 @@ def test_full_sizes_fit_and_what_does_not_gets_advice():
     assert plan.formula(config, layout_of("ep=8", 512, config), 1, 131_072)["peak"] > 80e9
     assert plan.advice(config, 512, 131_072, 1).startswith("--parallel ep=8,cp=")
     assert "take more GPUs" in plan.advice(config, 16, 131_072, 1)
-    assert plan.advice(CONFIGS["v2_30b"], 64, 4096, 24) == plan.advice(CONFIGS["v2_30b"], 64, 4096, 24, 1.0)
     assert plan.advice(CONFIGS["v2_30b"], 64, 4096, 24, 6.0) != plan.advice(CONFIGS["v2_30b"], 64, 4096, 24)
     assert plan.advice(CONFIGS["small"], 4, 4096, 4).startswith("--parallel ep=4,cp=1 ")
 
@@ -567,4 +575,9 @@ def test_full_sizes_fit_and_what_does_not_gets_advice():
 def test_the_plan_of_a_pipeline_names_its_chunks(capsys):
     config = CONFIGS["v2_30b"]
     plan.pipeline_table(config, layout_of("pp=2,vpp=4,ep=8", 64, config), RECIPES["v2_30b"]["general"], 6)
-    assert "interleaved, 4 chunks" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    # 5,760 rows over 32 data ranks, 6 at a time; a micro-batch keeps 6 x 4096 x 3072 x 2 bytes for each of 15 layers
+    assert printed[1].startswith("pipeline of 2 stages, 30 micro-steps")
+    assert printed[2].split() == "1F1B 3.23 % 4.5 2.3".split() and printed[3].split() == "interleaved, 4 chunks 0.83 % 5.1 4.0".split()
+    plan.pipeline_table(CONFIGS["tiny"], layout_of("pp=2", 4, CONFIGS["tiny"]), RECIPES["tiny"]["general"], 1)
+    assert "interleaved" not in capsys.readouterr().out  # three layers make no four chunks

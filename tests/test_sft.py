@@ -128,7 +128,8 @@ def test_many_ranks_have_a_row_each_in_every_step(micro_tokenizer):
     batches = length_buckets(lengths, 1536, rng, least=4)
     assert sorted(i for members in batches for i in members) == list(range(len(lengths))) and min(map(len, batches)) >= 4
     examples = [(task, False) for task in tasks("train", 0, 2)]
-    assert len(Chats(examples, micro_tokenizer, 1024, 0, ranks=16).batch(0)[0]["tokens"]) == 16
+    for ranks, stages, rows in ((1, 1, 5), (4, 1, 5), (16, 1, 16), (1, 2, 6), (1, 4, 8), (4, 2, 8), (16, 2, 32)):
+        assert len(Chats(examples, micro_tokenizer, 1024, 0, ranks=ranks, stages=stages).batch(0)[0]["tokens"]) == rows
     pairs = Pairs(*encode_pairs(preferences("train", 0, 3), micro_tokenizer), 1024, 0, ranks=16)
     assert len(pairs.batch(0)[0]["weights"]) == 16
 

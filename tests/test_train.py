@@ -1,6 +1,7 @@
 """train.py and checkpoint.py: resume is exact, kills lose nothing saved, bad steps are skipped, bad files are named."""
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import io
@@ -207,8 +208,11 @@ def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
 def test_other_data_is_not_gone_on_with(micro_config, micro_tokenizer, rows, tmp_path):
     train(micro_config, rows, tmp_path, steps=6)
     own = TokenRows(Tokenised(market.documents("general", 4, per_language=5), micro_tokenizer), 64, seed=1)
-    with pytest.raises(ValueError, match="general was begun on other data"):
-        train(micro_config, own, tmp_path, steps=None, resume=True)
+    masked = copy.copy(rows)  # the same tokens, of which others are trained on
+    masked.row = lambda i: [(ids, mask * (np.arange(len(ids)) > 1)) for ids, mask in rows.row(i)]
+    for other in (own, masked):
+        with pytest.raises(ValueError, match="general was begun on other data"):
+            train(micro_config, other, tmp_path, steps=None, resume=True)
     train(micro_config, rows, tmp_path, steps=None, resume=True)
 
 
@@ -251,8 +255,10 @@ def test_a_stage_goes_on_from_the_base_it_was_begun_from(micro_config, rows, tmp
     schedule = stage_schedule("dpo", args, Schedule(2, 1e-3, 1e-4), "sft1")
     fit(Compass(micro_config), rows.batches(2, 2), language_model_loss, schedule, run=str(tmp_path), stage="dpo")
     assert load_latest(tmp_path, "dpo")["base"] == "sft1" and stage_schedule("dpo", args, schedule, "sft1") is None
-    with pytest.raises(ValueError, match="dpo was begun from sft1, and now sft2 is there"):
+    with pytest.raises(ValueError, match="dpo was begun from sft1, and now it would be from sft2: delete"):
         stage_schedule("dpo", args, schedule, "sft2")
+    args.beta, args.weights = 0.1, "transport"
+    assert stage_schedule("otpo", args, schedule, "sft1").base == "sft1, --beta 0.1, --weights transport"
 
 
 def test_another_config_than_that_of_the_stage_before_is_named(micro_config, micro_tokenizer, tmp_path):
