@@ -62,6 +62,9 @@ class CompassConfig:
             raise InputError(f"config field n_kv_heads is {self.n_kv_heads}, must divide n_heads {self.n_heads}")
         if self.head_dim % 2:
             raise InputError(f"config field head_dim is {self.head_dim}, must be even (rotary pairs)")
+        for name in ("dim", "expert_dim"):
+            if getattr(self, name) % 8:
+                raise InputError(f"config field {name} is {getattr(self, name)}, must be a multiple of 8 (grouped products of bf16 rows)")
         if self.top_k > self.n_experts:
             raise InputError(f"config field top_k is {self.top_k}, more than n_experts {self.n_experts}")
 
@@ -337,7 +340,8 @@ class Compass(nn.Module):
         """tokens_BT (int64) -> logits_BTV.
 
         doc_ids_BT: which packed document each token belongs to, -1 for padding; tokens see only their own
-        document. positions_BT: rotary positions (default 0..T-1). cache: a kvcache.KVCache.
+        document. cache: a kvcache.KVCache. positions_BT: rotary positions, with a cache also the slots (default 0..T-1, so give them
+        from a cache's second call on).
         """
         h_BTD, *_ = self.hidden(tokens_BT, doc_ids_BT=doc_ids_BT, positions_BT=positions_BT, cache=cache)
         return self.head(self.norm(h_BTD))

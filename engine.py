@@ -1,7 +1,7 @@
 """The engine of generation: sampling, requests that come and go, drafting with the MTP blocks (v2 §5.1; v3).
 
 Every live request owns one row of the cache. A finished request leaves and a waiting one enters its row while the others go on where
-they are. A prompt that several requests share is held once, as a prefix beside the rows. Prefill fills the slots of all tokens
+they are. A prompt that several waiting requests share is held once, as a prefix beside the rows. Prefill fills the slots of all tokens
 of a prompt but the last; the last one enters the common step like every token after it.
 
 A step runs one token of every row, and with drafting a few more that the MTP blocks have guessed. The token at each place is drawn
@@ -45,13 +45,14 @@ class Sampling:
 
     def fault(self):
         """What is wrong with the settings, as a sentence, or None."""
+        number, heat, budget = lambda x: isinstance(x, (int, float)), self.temperature, self.think_budget
         checks = {
             "max_tokens": (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number of at least 1"),
-            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"), "0 or at least 1e-6"),
+            "temperature": (number(heat) and (heat == 0 or 1e-6 <= heat < float("inf")), "0 or at least 1e-6"),
             "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition": (0 < self.repetition < float("inf"), "above 0 and finite"),
-            "think_budget": (self.think_budget is None or self.think_budget >= 0, "at least 0"),
+            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition": (number(self.repetition) and 1e-6 <= self.repetition <= 1e6, "from 1e-6 to 1e6"),
+            "think_budget": (budget is None or isinstance(budget, int) and budget >= 0, "a whole number of at least 0"),
         }  # fmt: skip
         return next((f"{name} is {getattr(self, name)}, must be {need}" for name, (fine, need) in checks.items() if not fine), None)
 
@@ -268,7 +269,7 @@ class Engine:
                 self.cache.first_B[row], self.seen_RV[row] = self.cache.first_B[last], self.seen_RV[last]
 
     def _prefill(self, entering):
-        """Fill the slots of all prompt tokens but the last, each prompt once however many requests it has."""
+        """Fill the slots of all prompt tokens but the last, each prompt once for all requests that enter or wait."""
         rows = {}
         for row, request in entering:
             self.seen_RV[row] = False
@@ -373,7 +374,8 @@ class Engine:
         """The MTP blocks' guesses after each row's last new token (v3), a list of one per block for each row.
 
         ahead_BT[b, t] is the token after position t. Block k joins the state of the block before with the token k places ahead; after
-        the last known token that is the guess just made. Entries beyond last_B are garbage that later steps overwrite.
+        the last known token that is the guess just made. Entries beyond last_B are garbage that later steps overwrite; what a second
+        block keeps at last_B was made of a guess, right or wrong: that can cost drafts, never answers.
         """
         row_B, guesses, model = torch.arange(len(last_B), device=self.device), [], self.model
         for k, block in enumerate(model.mtp):

@@ -1,13 +1,13 @@
 """Evaluation and the report: loss, bits per byte, task accuracy beside three baselines, retrieval from long texts, plots (v2 §5).
 
 Accuracy is generative: the model answers greedily and a scorer of data/scorers.py compares with the
-reference. It stands beside three baselines that know nothing: the most frequent training answer,
+reference. It stands beside three baselines that know nothing: the most frequent answer of training (of your own tasks: of these),
 a word copied from the prompt by rule, and the model itself with the product text cut away. Tasks with choices are also
 scored by the likelihood of each choice. Answers are kept in <run>/answers.jsonl: a killed evaluation goes on.
 
     python evaluate.py                                          # report of runs/demo
     python evaluate.py --tasks mine.jsonl                       # your own tasks (data/reader.py says what a line holds)
-    python evaluate.py --tasks 50 --samples 8 --run runs/small --device cuda   # more tasks, and Best-of-8
+    python evaluate.py --tasks 50 --samples 8 --run runs/small --device cuda   # more tasks, 8 answers each
 """
 
 import functools
@@ -311,9 +311,9 @@ def main():
     test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)
     documents = list(reader.documents(args.data, "general", args.seed, "test"))
     report, chats = evaluate_stages(args.run, device, test, documents, args.samples, args.seed)
-    embedded = "embedded tasks: products and phrasings never seen in training"
-    report["source"] = embedded if args.tasks.isdecimal() else args.tasks
-    report["accuracy"]["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100)))
+    embedded = args.tasks.isdecimal()
+    report["source"] = "embedded tasks: products and phrasings never seen in training" if embedded else args.tasks
+    report["accuracy"]["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100) if embedded else test))
     report["accuracy"]["copy"] = accuracy(test, copied_answers(test))
     metrics = read_metrics(args.run)
     report["loss"], report["tokens_per_s"] = stage_losses(metrics)

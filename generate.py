@@ -17,12 +17,9 @@ import torch
 import cli
 from checkpoint import inherit, is_quantized, latest_stage, load_latest, load_model
 from cli import InputError
-from engine import Engine, Sampling, filtered_probs
-from kvcache import KVCache
+from engine import Engine, Sampling
 from lowbit import load_quantized
 from tokenizer import Tokenizer
-
-__all__ = ["GREEDY", "Completion", "KVCache", "Sampling", "filtered_probs", "generate", "load_for_inference", "split_thought", "stream"]
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, repetition=1.0, max_tokens=96)
 
@@ -50,6 +47,8 @@ def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64, stops=(), dr
     the MTP blocks guess ahead, which changes the speed and not the answers. Raises InputError on an empty prompt, one
     that leaves no room in the context, settings out of range, or logits that are not finite.
     """
+    if isinstance(prompts, str):
+        raise InputError("prompts is one string: put it into a list")
     ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     if min(n, max_rows) < 1:
         raise InputError(f"n is {n}, max_rows {max_rows}: both must be at least 1")
@@ -163,6 +162,8 @@ def chat(model, tokenizer, sampling, thinking):
             text = input("> ").replace("\\n", "\n")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"what was typed is not UTF-8: {error}") from None
         except KeyboardInterrupt:
             print()
             continue

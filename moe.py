@@ -62,7 +62,8 @@ class Router(nn.Linear):
 class MoE(nn.Module):
     """n_experts routed SwiGLU experts, top_k of them per token, plus one SwiGLU of n_shared * expert_dim.
 
-    forward: x_BTD -> (y_BTD, logits_NE, index_NK) with N = B*T; logits are fp32, before the softmax.
+    forward: x_BTD -> (y_BTD, logits_NE, index_NK) with N = B*T; logits are fp32, before the softmax. The experts' weights are empty
+    until compass.init_weights fills them.
     """
 
     def __init__(self, config):
@@ -77,8 +78,7 @@ class MoE(nn.Module):
     def route(self, x_ND):
         """Return (logits_NE, weights_NK, index_NK); logits and weights are fp32."""
         logits_NE = self.router(x_ND)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            probs_NK, index_NK = logits_NE.softmax(-1).topk(self.top_k, dim=-1)
+        probs_NK, index_NK = logits_NE.softmax(-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:  # renormalising a single probability would make it 1 and starve the router of gradient
             probs_NK = probs_NK / probs_NK.sum(-1, keepdim=True)
         return logits_NE, probs_NK, index_NK

@@ -350,7 +350,7 @@ def report(args):
     if 0 < recipe.rows % (ways * rows) < ways:
         raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
     if recipe.rows < ways * layout.pp:
-        raise InputError(f"{recipe.rows} rows a step leave dp x ep = {ways} ranks fewer micro-batches than the pipeline's {layout.pp} stages")
+        raise InputError(f"{recipe.rows} rows a step leave dp x ep = {ways} ranks fewer micro-batches than {layout.pp} pipeline stages")
     if layout.pp > 1:
         pipeline_table(config, layout, recipe, rows)
         return

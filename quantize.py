@@ -35,7 +35,7 @@ from cli import InputError
 from compass import rope_table
 from data import reader
 from data.tasks import training
-from kernels import quantise_rows
+from kernels import count_assignments, quantise_rows
 from lowbit import FP8Linear, Int4Linear, dequantize_fp8, dequantize_int4, quantize_fp8, quantize_int4, with_quantized
 from sft import chat_of
 from tokenizer import Tokenizer
@@ -106,7 +106,8 @@ def quantize_matrix(weight_FD, x_ND, method, group, unclipped=0):
     weight_FD, x_ND, tried = weight_FD.float(), x_ND.float(), []
     group = math.gcd(group, weight_FD.shape[1])
     for alpha, c_D in input_scales(weight_FD, x_ND, method):
-        error = row_errors(weight_FD / c_D, round_weight(weight_FD / c_D, method, group)[1], x_ND * c_D, method).sum().item()
+        scaled_FD = weight_FD / c_D
+        error = row_errors(scaled_FD, round_weight(scaled_FD, method, group)[1], x_ND * c_D, method).sum().item()
         tried.append((error, alpha, c_D))
     _, alpha, c_D = min(tried, key=lambda candidate: candidate[0])
     scaled_FD, scaled_ND = weight_FD / c_D, x_ND * c_D
@@ -226,9 +227,7 @@ def oversample(model, pool, first=FIRST, minimum=MINIMUM):
     """Indices of the batches (B, T) of `pool` to calibrate on (v3): the first ones; then, one at a time, the batch with the most tokens
     for experts that have seen fewer than `minimum`, until all have enough or no batch helps."""
     device, E = model.embedding.weight.device, model.config.n_experts
-    counts_PLE = torch.stack(
-        [torch.stack([torch.bincount(i.flatten(), minlength=E) for _, i in model.hidden(batch.to(device))[1]]).cpu() for batch in pool]
-    )
+    counts_PLE = torch.stack([torch.stack([count_assignments(i, E) for _, i in model.hidden(batch.to(device))[1]]).cpu() for batch in pool])
     chosen = list(range(min(first, len(pool))))
     while True:
         missing_LE = (minimum - counts_PLE[chosen].sum(0)).clamp(min=0)

@@ -152,7 +152,8 @@ def write_report(run, report, chats):
         sections += ["## Parcels found in long texts (guessing: 8 %)", "![needles](needles.png)"]
     langs = sorted({lang for values in report["bits_per_byte"].values() for lang in values})
     rows = [[s, *(f"{values[lang]:.3f}" for lang in langs)] for s, values in report["bits_per_byte"].items()]
-    sections += ["## Bits per byte of held-out documents", table(rows, ["stage", *langs])]
+    if langs:
+        sections += ["## Bits per byte of held-out documents", table(rows, ["stage", *langs])]
     if report["busiest_expert"]:
         sections += ["## Expert load", f"The busiest expert takes {report['busiest_expert']:.2f} times an even share. ![load](load.png)"]
     if chats:

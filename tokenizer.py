@@ -187,8 +187,8 @@ class Tokenizer:
                     ranks[base64.b64decode(token, validate=True)] = int(rank)
                 except ValueError:  # of split, int or base64
                     raise InputError(f"{file}:{number}: not a rank line: {line[:60]!r}") from None
-        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-            raise InputError(f"{file}: {len(ranks)} ranks; need at least 256 and no gaps from 0 on (a torn file?)")
+        if sorted(ranks.values()) != list(range(len(ranks))) or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+            raise InputError(f"{file}: {len(ranks)} ranks; need all 256 bytes and no gaps from 0 on (a torn file?)")
         file = os.path.join(path, "tokenizer.json")
         with open(file, encoding="utf-8") as lines:
             try:

@@ -1,7 +1,7 @@
 """Run the benchmarks, each in a process of its own, and write their tables and plots into RESULTS.md.
 
-A benchmark leaves its figures in benchmarks/results/<name>.json (corpus only prints its own). Its function `tables` makes tables of
-them, which go between `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures
+A benchmark leaves its figures in benchmarks/results/<name>.json (corpus in the run's corpus.json). Its function `tables` makes tables
+of them, which go between `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures
 nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep
 finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first. gpu needs a GPU.
 

@@ -14,9 +14,6 @@ import json
 import os
 import random
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

@@ -8,20 +8,19 @@ settings; it has no ungated shared experts, so our model has none here. Arms tak
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import cli
 from benchmarks import keep
+from benchmarks.generation import endless_tokenizer
 from benchmarks.moe import medians, twin
 from compass import CONFIGS, Compass
 from dpo import EXPLORING
 from generate import generate
 from otpo import ot_token_weights
 from report import table
-from tokenizer import Tokenizer, train_bpe
 
 B, T, D, N, PROMPTS, NEW, ROUNDS = 64, 256, 128, 32, (128, 768), 48, 5
 
@@ -71,10 +70,7 @@ def sampling_arms(length):
     torch.manual_seed(0)
     config = replace(CONFIGS["tiny"], n_shared=0, max_seq_len=1024)
     model = Compass(config).eval()
-    tokenizer = Tokenizer(train_bpe(["a few words, so that the ids exist"] * 2, 300))
-    tokenizer.special = {name: -1 for name in tokenizer.special}  # nothing stops: every answer has NEW tokens
-    tokenizer.n_vocab = config.vocab_size
-    tokenizer.encoding = SimpleNamespace(decode_bytes=lambda ids: b"")
+    tokenizer = endless_tokenizer(config.vocab_size)
     theirs = twin(model).eval()
     prompt_T = torch.randint(300, (length,))
 

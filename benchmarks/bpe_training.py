@@ -76,7 +76,9 @@ def main():
     results = {}
     for name in TRAINERS:
         command = [sys.executable, "-m", "benchmarks.bpe_training", "--data", args.data, "--size", str(args.size), "--only", name]
-        done = subprocess.run(command, env={**os.environ, "RAYON_NUM_THREADS": "2"}, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env={**os.environ, "RAYON_NUM_THREADS": "2"}, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
         results[name] = json.loads(done.stdout.strip().split("\n")[-1])
         print(name, results[name], flush=True)
     ratio = results["ours"]["seconds"] / results["sentencepiece"]["seconds"]

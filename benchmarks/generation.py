@@ -22,9 +22,6 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

@@ -208,11 +208,7 @@ def main():
         "share of the matmul rate": step_flops(config, ROWS * T, T) / seconds["ours"] / rate,
     }  # fmt: skip
     results["layer, 4096 tokens"] = medians(layer_arms(config))
-    by_experts = {}
-    for E in (8, 16, 32, 64):
-        torch.manual_seed(0)
-        arm = layer_arms(dataclasses.replace(config, n_experts=E), tokens=16384)["ours"]
-        by_experts[E] = arm
+    by_experts = {E: layer_arms(dataclasses.replace(config, n_experts=E), tokens=16384)["ours"] for E in (8, 16, 32, 64)}
     results["layer by number of experts, 16384 tokens"] = medians(by_experts)
     results["permute and unpermute"] = medians(permute_arms())
     print(json.dumps(results, indent=1))

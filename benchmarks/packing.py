@@ -98,7 +98,6 @@ def trl_speed(config, samples, experts, rows, accumulate):
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))  # only asked for the padding's id
     clock = Clock()
-    clock.seconds = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             their_model(config, experts, "sdpa"),

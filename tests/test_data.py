@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import zlib
 from itertools import islice
 
 import numpy as np
@@ -37,10 +38,12 @@ def test_every_task_in_every_language(both):
 def test_no_held_out_product_or_phrasing_in_training(both):
     trained = "\n".join(text_of(task) for task in both[0] + training(0, 100))
     trained += "\n".join(d["text"] for stage in market.MIXTURES for d in islice(market.documents(stage, 0), 2000))
+    names = re.findall(rf"(?:{'|'.join(market.BRANDS)}) [A-Z]\d{{1,2}}(?!\d)", trained)
+    assert len(names) > 10_000 and all(zlib.crc32(name.encode()) % 10 for name in names)
     rng = random.Random(0)
     for _ in range(300):
         product = market.draw_product(rng, "test")
-        assert product.split == "test" and f"{product.name} " not in trained
+        assert product.split == "test" and zlib.crc32(product.name.encode()) % 10 == 0
         a, b = market.draw_sum(rng, "test")
         assert not any(f"{sum}{end}" in trained for sum in (f"{a} + {b}", f"{b} + {a}") for end in ":?")
     for lang in market.LANGUAGES:
@@ -103,6 +106,7 @@ def test_json_is_compared_as_values():
 def test_code_is_scored_by_what_it_computes_and_never_run():
     score, answer = SCORERS["code"], "def cost(a, b): return a - b"
     assert score("def cost(x, y):\n    return x - y\n", answer) and score("def cost(a, b): return a - 2 * b + b", answer)
+    assert score("def cost(a, b): return -(b - a)", answer) and not score("def cost(a, b, *, c): return a - b", answer)
     bodies = ["return b - a", "return abs(a - b)", "return open('x')", "return a ** b ** 99", "return (lambda: a)()", "pass"]
     bodies += ["a - b", "x = a - b"]  # right, and not returned
     wrong = [f"def cost(a, b): {body}" for body in bodies] + ["cost = 3", "import os", "def cost(" * 500, "\0"]

@@ -60,6 +60,7 @@ def test_a_users_own_tasks(demo, script, tmp_path):
     (run / "sft2" / "step_4.pt").write_bytes(b"")  # torn: the one before it is asked
     result = script("evaluate.py", "--run", run, "--tasks", path, "--samples", 2)
     assert result.returncode == 0 and "| sums/easy | 0.0 |" in result.stdout and "| mean@1 | majority@2 | pass@2 |" in result.stdout
+    assert json.loads((run / "report.json").read_text())["accuracy"]["majority"]["overall"] == 1  # of these tasks, not of the embedded
     path.write_text("{")
     for command in (("evaluate.py", "--run", run, "--tasks", path), ("sft.py", "--run", run, "--data", path, "--stage", "drills")):
         result = script(*command)

@@ -76,7 +76,7 @@ def test_each_request_is_answered_as_if_alone(micro_model, micro_tokenizer, rows
     assert {r.stopped for r in alone} == {True, False} and any("e" in r.stops for r in alone)
 
 
-def test_a_shared_prompt_is_prefilled_once(micro_model, micro_tokenizer):
+def test_a_shared_prompt_is_prefilled_once(micro_model, micro_tokenizer, monkeypatch):
     seen, hidden = [], micro_model.hidden
 
     def counting(tokens_BT, **kwargs):
@@ -94,6 +94,11 @@ def test_a_shared_prompt_is_prefilled_once(micro_model, micro_tokenizer):
     assert empty == 4 * 64 * per_token and engine.bytes == empty + 20 * per_token
     engine.run()
     assert seen == [(1, 20)] and engine.bytes == empty and all(r.ids for r in requests)
+    monkeypatch.setattr("engine.PREFILL_TOKENS", 60)
+    seen.clear()
+    others = [engine.submit([token] * 21, HOT) for token in range(5, 9)]
+    engine.run()
+    assert seen == [(3, 20), (1, 20)] and all(r.ids for r in others)
 
 
 def trained(depth, seed):
@@ -239,9 +244,8 @@ def test_a_thousand_requests(micro_model, micro_tokenizer):
 def test_settings_out_of_range_are_named(micro_model, micro_tokenizer):
     engine = Engine(micro_model, micro_tokenizer, rows=1)
     faults = {
-        "temperature": (-0.1, float("nan"), 1e-38), "top_k": (-1, 0.5), "top_p": (0.0, 1.1, float("nan")),
-        "repetition": (0.0, float("inf")),
-        "max_tokens": (0, 2.5), "think_budget": (-1,),
+        "temperature": (-0.1, float("nan"), 1e-38, "0.4"), "top_k": (-1, 0.5), "top_p": (0.0, 1.1, float("nan"), None),
+        "repetition": (0.0, float("inf"), 1e-40, "x"), "max_tokens": (0, 2.5), "think_budget": (-1, 2.5, "3"),
     }  # fmt: skip
     for name, values in faults.items():
         for value in values:

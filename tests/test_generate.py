@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from generate import GREEDY, KVCache, Sampling, chat, filtered_probs, generate, shown, split_thought, stream
+from engine import Sampling, filtered_probs
+from generate import GREEDY, chat, generate, shown, split_thought, stream
+from kvcache import KVCache
 
 PROMPTS = [[5, 9, 300], [17] * 11, [300, 2], [44, 45, 46, 47, 48, 49]]
 
@@ -111,6 +113,8 @@ def test_limits_and_bad_prompts(micro_model, micro_tokenizer):
                    lambda settings: next(stream(micro_model, micro_tokenizer, [1], settings))):  # fmt: skip
         with pytest.raises(ValueError, match="max_tokens is 2.5, must be a whole number"):
             answer(Sampling(max_tokens=2.5))
+    with pytest.raises(ValueError, match="prompts is one string: put it into a list"):
+        generate(micro_model, micro_tokenizer, "hello", GREEDY)
     with pytest.raises(ValueError, match="max_rows 0: both must be at least 1"):
         generate(micro_model, micro_tokenizer, [[1]], GREEDY, max_rows=0)
     micro_model.norm.weight.data.fill_(float("nan"))
@@ -171,3 +175,6 @@ def test_chat(micro_model, micro_tokenizer, monkeypatch, capsys):
     assert "why?" in asked[1] and "because" in asked[1] and "why?" not in asked[2] and "a\nb" not in asked[1]
     assert "no longer fit the context of 160 tokens" in said and all(text.endswith("<|assistant|>") for text in asked)
     assert shown("<think> x</think> y", colours=True) == "\033[2m (thinks) x\033[0m\n  y"
+    monkeypatch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
+    with pytest.raises(ValueError, match="what was typed is not UTF-8"):
+        chat(micro_model, micro_tokenizer, GREEDY, thinking=False)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import Qwen2MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from compass import CONFIGS, init_weights
+from compass import init_weights
 from moe import MoE, load_balancing_loss, router_z_loss
 
 
@@ -126,8 +126,8 @@ def test_z_loss_by_hand():
     assert router_z_loss(logits).item() == pytest.approx((1.3862944**2 + 0.6931472**2) / 2, rel=1e-5)
 
 
-def test_router_stays_in_fp32_under_autocast():
-    layer = make_layer(CONFIGS["tiny"].__class__(**{**CONFIGS["tiny"].__dict__, "dim": 32, "expert_dim": 16}))
+def test_router_stays_in_fp32_under_autocast(micro_config):
+    layer = make_layer(micro_config)
     x = torch.randn(1, 64, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, logits, index = layer(x)

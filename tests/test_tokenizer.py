@@ -151,6 +151,13 @@ def test_save_load_and_torn_files(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="tokenizer.tiktoken"):
         Tokenizer.load(str(tmp_path))
     tokenizer.save(tmp_path)
+    lines = file.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("AA== "))  # byte 0
+    lines[first] = lines[first].replace("AA==", "AAEC")
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="need all 256 bytes and no gaps"):
+        Tokenizer.load(str(tmp_path))
+    tokenizer.save(tmp_path)
     settings = (tmp_path / "tokenizer.json").read_text()
     wrong = [{"pattern": 5}, {"pattern": "("}, {"special_tokens": 5}, {"special_tokens": ["<|end|>"]}]
     for torn in (settings[:40], "{}", "[]", *(json.dumps({**json.loads(settings), **fields}) for fields in wrong)):
