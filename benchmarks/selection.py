@@ -26,7 +26,7 @@ PER_LANGUAGE, KEEP, STEPS = 1500, 0.3, 800
 
 
 def tune(run, tokenizer, examples, seed):
-    """sft1 for STEPS steps on the examples; returns the model."""
+    """sft1 for STEPS steps on the examples, the router's losses at full weight; returns the model."""
     torch.manual_seed(seed)
     model = load_model(load_latest(run, "long", torch.device("cpu")), torch.device("cpu"))
     chats = Chats(curriculum("sft1", examples, seed), tokenizer, model.config.max_seq_len, seed)

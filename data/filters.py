@@ -94,7 +94,8 @@ def step(documents, counts, source):
         kind, text = kind_of(document), document["text"]
         if kind == "prose":
             text = without_boilerplate(text)
-            counts["boilerplate lines cut"] += document["text"].count("\n") - text.count("\n")
+            before, after = (t.count("\n") + bool(t) for t in (document["text"], text))
+            counts["boilerplate lines cut"] += before - after
         fault = FAULTS[kind](text) if text.strip() else "empty"
         if fault:
             counts[f"removed: {kind}, {fault}"] += 1

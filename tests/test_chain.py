@@ -396,6 +396,7 @@ def test_boilerplate_lines_are_cut_not_documents():
     counts = Counter()
     (kept,) = filters.step([{"text": text}], counts, "")
     assert kept["text"] == "Velora A1 shirt\nMade of cotton and sent from Penang." and counts["boilerplate lines cut"] == 2
+    assert not list(filters.step([{"text": "All rights reserved\nlog in"}], counts, "")) and counts["boilerplate lines cut"] == 4
     wrapped = "She had come to value, over a long winter, the\nprivacy of the small room above the shop, where nobody came,\nand the quiet."
     assert filters.without_boilerplate(wrapped + "\nPrivacy policy and cookies\nlog in\n\nThe end") == wrapped + "\n\nThe end"
 
