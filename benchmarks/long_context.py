@@ -9,7 +9,7 @@ ones in the held-out templates, which no model has seen. English only, because r
 found have weight 1, plain text 0.03, and 0.3 once finding is learnt. Three seeds of initialisation and data; finished ones are kept
 in benchmarks/results/long_context.jsonl.
 
-    python -m benchmarks.long_context      # almost three hours with one thread
+    python -m benchmarks.long_context      # about three hours with one thread
 """
 
 import dataclasses
