@@ -62,9 +62,6 @@ class CompassConfig:
             raise InputError(f"config field n_kv_heads is {self.n_kv_heads}, must divide n_heads {self.n_heads}")
         if self.head_dim % 2:
             raise InputError(f"config field head_dim is {self.head_dim}, must be even (rotary pairs)")
-        for name in ("dim", "expert_dim"):
-            if getattr(self, name) % 8:
-                raise InputError(f"config field {name} is {getattr(self, name)}, must be a multiple of 8 (grouped products of bf16 rows)")
         if self.top_k > self.n_experts:
             raise InputError(f"config field top_k is {self.top_k}, more than n_experts {self.n_experts}")
 
@@ -310,6 +307,9 @@ class Compass(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        for name in ("dim", "expert_dim"):
+            if getattr(config, name) % 8:
+                raise InputError(f"config field {name} is {getattr(config, name)}, must be a multiple of 8 (grouped products of bf16 rows)")
         self.ranks = OneRank()
         self.router_scale = 1.0  # decays alpha and beta; set by train.fit from the schedule
         self.mtp_scale = 1.0  # 0 in steps without multi-token prediction; set likewise
