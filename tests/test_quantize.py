@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kernels
 import quantize
 from checkpoint import is_quantized, load_checkpoint, load_model, save_checkpoint
 from compass import CONFIGS, Compass
-from kernels import fp8_matmul, unpack_int4
+from kernels import fp8_matmul, int4_matmul, unpack_int4
 from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack
 from quantize import (
     METHODS,
@@ -436,3 +437,9 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     answer = script("generate.py", "--run", f"{run}-awq", "--prompt", "Hello", "--device", "cpu")
     assert answer.returncode == 0, answer.stderr
 
+
+def test_int4_matmul_of_one_matrix():
+    g = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(2, 5, 64, generator=g), torch.randn(24, 64, generator=g)
+    stored = quantize_int4(weight, 32)
+    torch.testing.assert_close(int4_matmul(x, *stored), F.linear(x, dequantize_int4(*stored)), rtol=1e-5, atol=1e-5)
