@@ -165,7 +165,8 @@ def test_padding_stays_outside_all_losses(micro_model):
         ("max_seq_len", True, "is True, must be a whole number above 0"), ("n_shared", -1, "is -1, must be a whole number of at least 0"),
         ("norm_eps", float("nan"), "is nan, must be a number above 0"), ("z_weight", -0.1, "is -0.1, must be a number of at least 0"),
         ("dim", 0, "is 0, must be a whole number above 0"), ("vocab_size", "x", "is 'x', must be a whole number above 0"),
-        ("n_kv_heads", 3, "is 3, must divide n_heads 4"), ("head_dim", 7, "is 7, must be even"), ("top_k", 99, "is 99, more than n_experts 4"),
+        ("n_kv_heads", 3, "is 3, must divide n_heads 4"), ("head_dim", 7, "is 7, must be even"),
+        ("top_k", 99, "is 99, more than n_experts 4"),
     ],
 )  # fmt: skip
 def test_a_bad_config_is_named(micro_config, field, value, message):
