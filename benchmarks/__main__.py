@@ -45,6 +45,7 @@ BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers sa
     ("alignment_speed", "", "short"),
     ("quantization", "--part speed", "short"),
     ("quantization", "--part quality", "short"),
+    ("quantization", "--part base", "short"),
     ("quantization", "--part rare", "short"),
     ("generation", "--stage peers", "short"),
     ("generation", "--stage bandwidth", "short"),

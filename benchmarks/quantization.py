@@ -5,13 +5,16 @@ loss on the reference answers, and at the same places the divergence KL(FP32 || 
 carry, and the probability that moved to other tokens (total variation), which no token can dominate. What depends on calibration is
 measured for three seeds that change its texts. Size: the checkpoint on disk, and what the loaded model holds.
 
+Base models (three seeds of weights, data and calibration) show the loss without an answer's luck: bits per byte on new documents in
+training's templates, of which a model that was trained on nothing else is uncertain everywhere.
+
 Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batch 1, 8 and 64, arms taking turns, prefill subtracted.
 
 A rare language and outlier channels (v3): the norms' weights of a few channels are multiplied by a factor and their consumers' columns
 divided by it, which changes nothing in fp32; calibration then sees no Thai, or is chosen by `oversample` from texts where some are.
 
-    python -m benchmarks.quantization --run checkpoints/tiny      # a quarter of an hour on two cores
-    python -m benchmarks.quantization --part speed                # one part alone: quality, speed or rare
+    python -m benchmarks.quantization --run checkpoints/tiny      # half an hour on two cores
+    python -m benchmarks.quantization --part speed                # one part alone: quality, base, speed or rare
 """
 
 import copy
@@ -29,19 +32,23 @@ import torch
 
 import cli
 from benchmarks import RESULTS, keep, kept
+from benchmarks.tuning import train
 from checkpoint import checksum, latest_stage, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass
 from data import market
 from data.tasks import fingerprint, tasks, training
-from evaluate import accuracy, answer_tasks
+from evaluate import accuracy, answer_tasks, bits_per_byte
 from generate import GREEDY, generate
 from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack, with_quantized
-from quantize import GROUP, calibration_pool, oversample, quantize_model
+from quantize import GROUP, POOL, calibration_pool, oversample, quantize_model
 from report import save, table
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
+from tokenizer import train as train_tokenizer
+from train import RECIPES, Tokenised, TokenRows, language_model_loss
 
 SEEDS, PER_TASK, PER_TASK_RARE = 3, 10, 2  # tasks of a kind and language
+STEPS, NEW_DOCUMENTS = 600, 200  # of a base model's training; of each language
 ARMS = {  # method, inputs that share a scale; `tiny` is so narrow that 128 are a whole row
     "RTN int4": ("rtn", GROUP), "AWQ int4": ("awq", GROUP), "RTN int4, groups of 32": ("rtn", 32), "AWQ int4, groups of 32": ("awq", 32),
     "FP8, naive": ("fp8-naive", GROUP), "FP8, expert-aware": ("fp8", GROUP),
@@ -133,6 +140,27 @@ def quality(model, tokenizer, dtype):
         for run in result["runs"]:
             del run["answers"]
     return {"tasks_hash": fingerprint(test), "tasks": len(test), "arms": results}  # layer errors are those on calibration's tokens
+
+
+def base():
+    """{arm: [bits per byte of each seed's model]}, means over languages."""
+    documents, new = list(market.documents("general", 0)), list(market.documents("general", 1, per_language=NEW_DOCUMENTS))
+    tokenizer, recipe = train_tokenizer(documents, CONFIGS["tiny"].vocab_size), RECIPES["tiny"]["general"]
+    tokenised, results = Tokenised(documents, tokenizer), defaultdict(list)
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        model, rows = Compass(CONFIGS["tiny"]), TokenRows(tokenised, recipe.seq_len, seed)
+        schedule = recipe.schedule._replace(steps=STEPS)
+        train(model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule, f"base model {seed}")
+        texts = [tokenizer.encode(d["text"])[: recipe.seq_len] for d in random.Random(seed).sample(documents, POOL)]
+        pool = [torch.tensor([ids]) for ids in texts]
+        pool = [pool[i] for i in oversample(model, pool)]
+        for name in ("FP32", *ARMS):
+            made = reloaded(quantize_model(model, pool, *ARMS[name], seed)) if name in ARMS else model
+            with torch.inference_mode():
+                results[name].append(statistics.mean(bits_per_byte(made, tokenizer, new).values()))
+            print(f"seed {seed}, {name}: {results[name][-1]:.4f} bits per byte", flush=True)
+    return results
 
 
 def large_models():
@@ -270,6 +298,12 @@ def tables(results):
             rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells])
         header = ["", "MB on disk", "in memory", "loss", "divergence", "probability moved, %", "accuracy, %", "mean layer error, %"]
         made["quality"] = table(rows, header)
+    if "base" in results:
+        rows = []
+        for name, bits in results["base"].items():
+            above = (f"{1000 * (mine - exact):+.1f}" for mine, exact in zip(bits, results["base"]["FP32"], strict=True))
+            rows.append([name, ", ".join(f"{value:.4f}" for value in bits), "" if name == "FP32" else ", ".join(above)])
+        made["base"] = table(rows, ["", "bits per byte, new documents", "above FP32, thousandths"])
     if "rare" in results:
         rows = []
         for factor, arms in results["rare"].items():
@@ -283,11 +317,13 @@ def tables(results):
 
 def main():
     args = cli.parse(
-        __doc__, "run", run=dict(default="checkpoints/tiny"), part=dict(default="all", choices=("all", "quality", "speed", "rare"))
+        __doc__, "run", run=dict(default="checkpoints/tiny"), part=dict(default="all", choices=("all", "quality", "base", "speed", "rare"))
     )  # fmt: skip
     results = {} if args.part == "all" else kept("quantization")  # one part is measured anew, the others stay
     if args.part in ("all", "speed"):
         results["speed"] = speed()
+    if args.part in ("all", "base"):
+        results["base"] = base()
     if args.part in ("all", "quality", "rare"):
         tokenizer, state = Tokenizer.load(args.run), load_latest(args.run, latest_stage(args.run))
         model, dtype = load_model(state).eval(), state["model"]["embedding.weight"].dtype
