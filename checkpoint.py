@@ -206,6 +206,8 @@ def load_latest(run, stage, device="cpu", weights=True):
     maker = {**STAGES, "reward": "python reward.py"}.get(stage.partition("/")[0])
     if not maker:
         raise InputError(f"{run}/{stage} not found; the stages are {', '.join(STAGES)}, reward")
+    if paths and os.path.exists(os.path.join(run, "quantization.json")):
+        raise InputError(f"{run}/{stage} holds no intact checkpoint: delete {run} and make it again with quantize.py")
     raise InputError(f"{run}/{stage} {problem} run `{maker} --run {run}` first")
 
 

@@ -7,7 +7,8 @@ of a prompt but the last; the last one enters the common step like every token a
 A step runs one token of every row, and with drafting a few more that the MTP blocks have guessed. The token at each place is drawn
 from the model's own distribution with the request's own random number for that place; the next guess stands as long as it equals what
 was drawn. So drafting changes the speed and not the answer, greedy or sampled, and what a request gets depends on its seed,
-prompt and number alone (up to rounding of the logits: other batch shapes sum in another order).
+prompt and number alone (up to rounding of the logits: other batch shapes sum in another order, which with quantized weights on a CPU,
+whose sums are bf16, now and then shows).
 
 Shapes: B rows, A of them that draw a token at a place, R rows of the whole cache, T tokens of a step (one and its drafts), D model width,
 V vocabulary, K candidates.
@@ -147,8 +148,9 @@ class Request:
 class Engine:
     """Runs requests to one model, up to `rows` together with `slots` tokens each (prompt and answer).
 
-    Memory: the cache of rows x slots, taken at the start, and one prefix for each prompt that live or waiting requests share. `bytes`
-    is what is held now. submit, then step (or run) until nothing is left; cancel at any time.
+    Memory: the cache of rows x slots, taken at the start, and a prefix for each prompt that live or waiting requests share, but no more
+    prefixes than rows: `bytes`, what is held now, is never over twice the cache. While prompts are prefilled, PREFILL_TOKENS of theirs
+    lie beside it. submit, then step (or run) until nothing is left; cancel at any time.
     """
 
     def __init__(self, model, tokenizer, rows=64, slots=None, draft=False):
@@ -284,10 +286,11 @@ class Engine:
                 together.append(fresh.pop())
             filled = self._prefill_batch(together, width)
             for filled_row, prompt in enumerate(together):
-                if self.users[prompt] > 1:
+                if self.users[prompt] > 1 and len(self.prefixes) < len(self.seen_RV):
                     self.prefixes[prompt] = filled.prefix(filled_row, len(prompt) - 1)
                 else:
-                    self.cache.write(rows[prompt][0], filled, filled_row, len(prompt) - 1)
+                    for row in rows[prompt]:
+                        self.cache.write(row, filled, filled_row, len(prompt) - 1)
         for row, request in entering:
             request.prefix = self.prefixes.get(request.prompt)
             self.cache.first_B[row] = len(request.prompt) - 1 if request.prefix else 0

@@ -2,7 +2,8 @@
 
 The work is engine.py's; here are the three ways to use it. `generate` completes every prompt n times: prompts are prefilled once, rows
 are refilled as answers end, and each completion has its own random stream, made from the seed, its prompt and its number: what a
-prompt gets does not depend on what else is in the batch. `stream` yields text as it comes. The chat shows thoughts dimmed.
+prompt gets does not depend on what else is in the batch (but for rounding: see engine.py). `stream` yields text as it comes. The chat
+shows thoughts dimmed.
 
     python generate.py                                          # chat with runs/demo (/help lists the commands)
     python generate.py --prompt "What is 27 + 45?" --think      # one answer

@@ -198,16 +198,23 @@ def load_quantized(state, device="cpu"):
     for name, (E, out, inner) in matrices(config).items():
         found = {key[len(name) + 1 :]: tensors.pop(key) for key in list(tensors) if key.rpartition(".")[0] == name}
         groups = max([1, *found["scales"].shape[-1:]]) if "scales" in found else 1
-        shapes = {
-            "qweight": (E, out, inner // 2), "scales": (E, out, groups), "zeros": (E, out, groups),
-            "weight_fp8": (E, out, inner), "weight_scale": (E, out), "input_scale": (E, inner),
+        needed = {
+            "qweight": (torch.uint8, (E, out, inner // 2)), "zeros": (torch.uint8, (E, out, groups)),
+            "scales": (torch.bfloat16, (E, out, groups)),
+            "weight_fp8": (torch.float8_e4m3fn, (E, out, inner)), "weight_scale": (torch.float32, (E, out)),
+            "input_scale": (torch.bfloat16, (E, inner)),
         }  # fmt: skip
         kind, parts = (Int4Linear, {"qweight", "scales", "zeros"}) if "qweight" in found else (FP8Linear, {"weight_fp8", "weight_scale"})
         if set(found) - {"input_scale"} != parts or inner % groups:
             raise InputError(f"quantized checkpoint: {name} holds {', '.join(sorted(found)) or 'nothing'}")
         for key, tensor in found.items():
-            if tensor.shape != shapes[key]:
-                raise InputError(f"quantized checkpoint: tensor {name}.{key} has shape {tuple(tensor.shape)}, need {shapes[key]}")
+            (dtype, shape), what = needed[key], f"quantized checkpoint: tensor {name}.{key}"
+            if tensor.shape != shape:
+                raise InputError(f"{what} has shape {tuple(tensor.shape)}, need {shape}")
+            if tensor.dtype != dtype:
+                raise InputError(f"{what} is of {tensor.dtype}, need {dtype}")
+            if key == "zeros" and tensor.max() > 15 or key.endswith(("scale", "scales")) and not tensor.isfinite().all():
+                raise InputError(f"{what} holds what quantize.py never writes: a zero above 15, or a scale that is not finite")
         weights[name] = kind(**found)
     model = with_quantized(config, weights, {name: tensor.float() for name, tensor in tensors.items()}).to(device)
     if torch.device(device).type == "cpu":

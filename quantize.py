@@ -212,6 +212,8 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     weights, report = {}, []
     for i, block in enumerate(tqdm(model.blocks, desc=f"quantize {method}", unit="layer")):
         hidden, inputs, index_NK = layer_inputs(block, hidden, ropes)
+        if not all(x.isfinite().all() for x in hidden):
+            raise InputError(f"layer {i} gives states that are not finite: the checkpoint is damaged or training diverged")
         quantized, entries = quantize_layer(block, inputs, index_NK, method, group, generator)
         weights |= {f"blocks.{i}.{name}": module for name, module in quantized.items()}
         report += [{"layer": i, **entry} for entry in entries]

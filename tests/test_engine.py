@@ -200,13 +200,15 @@ def test_a_stream_never_cuts_a_character_or_shows_a_stop(micro_model, micro_toke
     assert generate(micro_model, micro_tokenizer, [[3]], dataclasses.replace(GREEDY, max_tokens=2))[0].text.endswith("\ufffd")
 
 
-def test_a_thousand_requests(micro_model, micro_tokenizer):
+@pytest.mark.parametrize("draft", (False, True))
+def test_a_thousand_requests(micro_model, micro_tokenizer, draft):
     """Faulty ones refused, some cancelled while they wait or speak, all others answered; memory as before."""
     rng = random.Random(1)
+    micro_model = trained(1, 0) if draft else micro_model
     bad = [([], GREEDY), ([9] * 64, GREEDY), ([512], GREEDY), ([5], Sampling(max_tokens=0)), ([5], GREEDY, 0, [""])]
     with torch.no_grad():
         micro_model.embedding.weight[499] = torch.nan
-    engine = Engine(micro_model, micro_tokenizer, rows=24)
+    engine = Engine(micro_model, micro_tokenizer, rows=24, draft=draft)
     engine.submit([1, 2], GREEDY)
     engine.run()
     gc.collect()
@@ -239,6 +241,20 @@ def test_a_thousand_requests(micro_model, micro_tokenizer):
     del request
     gc.collect()
     assert sum(type(x) is torch.Tensor for x in gc.get_objects()) == tensors
+
+
+def test_memory_does_not_grow_with_the_queue(micro_model, micro_tokenizer):
+    """Each of 40 prompts waits twice, first all once: no more prefixes than rows are held, and the answers are those of one alone."""
+    prompts = [[i, *range(40)] for i in range(40)]
+    greedy = dataclasses.replace(GREEDY, max_tokens=5)
+    alone = [made.ids for made in generate(micro_model, micro_tokenizer, prompts, greedy)]
+    for rows in (1, 3):
+        engine = Engine(micro_model, micro_tokenizer, rows)
+        requests, most = [engine.submit(prompt, greedy) for prompt in prompts * 2], 0
+        while engine.step():
+            most = max(most, engine.bytes)
+        assert [request.ids for request in requests] == alone * 2
+        assert engine.cache.bytes < most <= 2 * engine.cache.bytes
 
 
 def test_settings_out_of_range_are_named(micro_model, micro_tokenizer):

@@ -1,9 +1,11 @@
 """lowbit.py and quantize.py: formats held against torch's own, layers against dequantised products, searches never worse than rounding."""
 
+import copy
 import dataclasses
 import functools
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -13,8 +15,9 @@ from torch import nn
 
 import kernels
 import quantize
-from checkpoint import is_quantized, load_checkpoint, load_model, save_checkpoint
-from compass import CONFIGS, Compass
+from checkpoint import is_quantized, load_checkpoint, load_latest, load_model, save_checkpoint
+from compass import CONFIGS, Compass, rope_table
+from generate import GREEDY, generate, load_for_inference
 from kernels import fp8_matmul, int4_matmul, unpack_int4
 from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack
 from quantize import (
@@ -23,6 +26,7 @@ from quantize import (
     dequantize_fp8,
     dequantize_int4,
     input_scales,
+    layer_inputs,
     oversample,
     quantize_fp8,
     quantize_int4,
@@ -293,6 +297,22 @@ def test_the_pool_of_the_marketplace_is_half_chats_and_thoughts(micro_tokenizer)
 
 
 @torch.no_grad()
+def test_each_expert_is_calibrated_on_its_own_tokens(monkeypatch):
+    """Counts and input scales of the report, from the router's choices of the full-precision model."""
+    monkeypatch.setattr(quantize, "MINIMUM", 1)
+    made, block, tokens = quantize_model(model(), batches(0), "awq"), model().blocks[0], torch.cat(batches(0))
+    rope = rope_table(torch.arange(64).unsqueeze(0), block.attention.C, model().config.rope_base)
+    _, inputs, index_NK = layer_inputs(block, [model().embedding(tokens)], [rope])
+    for entry in made.report:
+        if entry["layer"] == 0 and entry["matrix"] == "gate_up" and entry["expert"] != "shared":
+            own_ND = inputs["feed_forward"][(index_NK == int(entry["expert"])).any(1)]
+            assert entry["tokens"] == entry["calibrated_on"] == len(own_ND) > 50 and entry["alpha"] > 0
+            c_D = dict(input_scales(torch.ones(8, 64), own_ND, "awq"))[entry["alpha"]]
+            stored_ED = made.blocks[0].feed_forward.gate_up.input_scale.float()
+            torch.testing.assert_close(stored_ED[int(entry["expert"])], c_D, rtol=0.02, atol=0)
+
+
+@torch.no_grad()
 def test_experts_without_tokens_borrow():
     lonely = quantize_model(model(), [torch.tensor([[5]])], "awq")  # one token: two experts of a layer see none
     experts = [entry for entry in lonely.report if (entry["expert"] or "").isdecimal()]
@@ -364,6 +384,9 @@ def test_foreign_and_torn_files_are_named(tmp_path):
         (lambda t: t.pop("head.weight"), "head.weight is missing or foreign"),
         (lambda t: t.update({"lora.weight": torch.zeros(1)}), "lora.weight is missing or foreign"),
         (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"norm.weight has shape \(3,\), need \(64,\)"),
+        (lambda t: t.update({f"{name}.qweight": t[f"{name}.qweight"].char()}), f"{name}.qweight is of torch.int8, need torch.uint8"),
+        (lambda t: t.update({f"{name}.zeros": t[f"{name}.zeros"] + 200}), f"{name}.zeros holds what quantize.py never writes"),
+        (lambda t: t.update({f"{name}.scales": t[f"{name}.scales"] * torch.nan}), f"{name}.scales holds what quantize.py never writes"),
     ):
         with pytest.raises(ValueError, match=message):
             load_quantized(spoiled(change))
@@ -374,6 +397,11 @@ def test_foreign_and_torn_files_are_named(tmp_path):
         file.write(b"torn")
     with pytest.raises(ValueError, match="step_1.pt is torn or foreign"):
         load_checkpoint(path)
+    os.makedirs(tmp_path / "run-awq" / "sft2")
+    shutil.copy(path, tmp_path / "run-awq" / "sft2")
+    (tmp_path / "run-awq" / "quantization.json").write_text("{}")
+    with pytest.raises(ValueError, match="run-awq and make it again with quantize.py"):  # sft.py could not
+        load_latest(str(tmp_path / "run-awq"), "sft2")
 
 
 def test_bad_input_is_named():
@@ -390,6 +418,12 @@ def test_bad_input_is_named():
             quantize_model(model(), batches(0), "awq", group=group)
     with pytest.raises(ValueError, match="no calibration batches"):
         quantize_model(model(), [])
+    broken = copy.deepcopy(model())
+    with torch.no_grad():
+        broken.embedding.weight[7] = torch.nan
+    for method in METHODS:
+        with pytest.raises(ValueError, match="layer 0 gives states that are not finite"):
+            quantize_model(broken, [torch.tensor([[1, 7]])], method)
     with pytest.raises(ValueError, match="calibration batch 1: need .* 0..511"):
         quantize_model(model(), [torch.tensor([[1]]), torch.tensor([[512]])])
 
@@ -436,6 +470,14 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
         command("--run", f"{run}-awq")
     answer = script("generate.py", "--run", f"{run}-awq", "--prompt", "Hello", "--device", "cpu")
     assert answer.returncode == 0, answer.stderr
+    for method in ("rtn", "fp8", "fp8-naive"):
+        command("--run", run, "--method", method)
+        loaded, tokenizer = load_for_inference(f"{run}-{method}", "cpu")
+        assert len(generate(loaded, tokenizer, ["Hello"], GREEDY)[0].ids) > 0
+    with open(f"{run}-fp8/sft2/step_9.pt", "r+b") as file:
+        file.write(b"torn")
+    answer = script("generate.py", "--run", f"{run}-fp8", "--prompt", "Hello", "--device", "cpu")
+    assert answer.returncode == 2 and "make it again with quantize.py" in answer.stderr
 
 
 def test_int4_matmul_of_one_matrix():
