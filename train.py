@@ -194,50 +194,58 @@ def _accumulate(model, micro_batches, shares, loss_fn, device):
     return loss, metrics
 
 
+def _first_row(batch):
+    """A checksum of the first row alone, as more ranks may take more rows a step: its tokens, and which of them are trained on."""
+    row_T2 = torch.stack((batch["tokens"], batch.get("mask", batch["weights"])), dim=-1)[0][batch["doc_ids"][0] >= 0]
+    return zlib.crc32(row_T2.numpy().tobytes())
+
+
+def _restore(model, optimizer, run, stage, tokenizer_hash, data):
+    """Bring model and optimizer to where the stage's newest intact checkpoint stands, and return that step."""
+    state = load_latest(run, stage, weights=not model.ranks.several)
+    refuse_another(state, model, tokenizer_hash)
+    if state.get("data") not in (None, data):
+        raise InputError(f"{run}/{stage} was begun on other data (its first row differs): give it as then, or name another --run")
+    if model.ranks.several:
+        import resharding
+
+        resharding.restore(state["path"], model, optimizer)
+    elif state["optimizer"] is None:
+        raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
+    else:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    print(f"{stage}: resumed at step {state['step']}")
+    return state["step"]
+
+
+def _collapse(load, config):
+    """What to say where an expert gets nearly all that one can; load: each layer's shares of assignments by expert."""
+    collapsed = max(map(max, load)) > max(0.8 / config.top_k, 1.5 / config.n_experts)
+    return "router collapse: one expert takes over 80 % of the tokens" if collapsed else None
+
+
 def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", seed=0, resume=False, save_every=200, watch=None):
     """Train `model` in place and leave <run>/<stage>/step_N.pt and metrics.jsonl behind.
 
     batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function of the step, and a stage is
     not resumed on other data. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss or
     gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
-    watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
-    every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
+    watch(metrics of a step) -> a warning to log and, after the warm-up, say once, or None. A model that parallel.py made is trained by
+    all its ranks: every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
-    ranks, device, optimizer, start = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2), 0
-    first = batches(0)[0]
-    # the tokens of a row, for more ranks may take more rows a step, and which of them are trained on
-    row = torch.stack((first["tokens"], first.get("mask", first["weights"])), dim=-1)[0][first["doc_ids"][0] >= 0]
-    data = zlib.crc32(row.numpy().tobytes())
+    ranks, device, optimizer = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2)
     if ranks.several:
-        import resharding  # takes a second, which a single process need not wait for
-    if begun(run, stage, resume):
-        state = load_latest(run, stage, weights=not ranks.several)
-        refuse_another(state, model, tokenizer_hash)
-        if state.get("data") not in (None, data):
-            raise InputError(f"{run}/{stage} was begun on other data (its first row differs): give it as then, or name another --run")
-        if ranks.several:
-            resharding.restore(state["path"], model, optimizer)
-        elif state["optimizer"] is None:
-            raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
-        else:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        del state
-        print(f"{stage}: resumed at step {start}")
+        from resharding import save_shards as save  # takes a second, which a single process need not wait for
+    else:
+        save = save_checkpoint
+    data = _first_row(batches(0)[0])
+    start = _restore(model, optimizer, run, stage, tokenizer_hash, data) if begun(run, stage, resume) else 0
+    known = dict(planned=schedule.steps, stage=stage, base=schedule.base, tokenizer_hash=tokenizer_hash, seed=seed, data=data)
     if ranks.writes:
         rewind_metrics(run, stage, start)
-
-    def save(step):
-        path = os.path.join(run, stage, f"step_{step}.pt")
-        write = resharding.save_shards if ranks.several else save_checkpoint
-        known = dict(planned=schedule.steps, base=schedule.base, tokenizer_hash=tokenizer_hash, seed=seed, data=data)
-        write(path, model, optimizer=optimizer, step=step, stage=stage, **known)
-        if ranks.writes:
-            prune(run, stage)
-
     model.train()
-    bad, collapsed, warned = 0, False, False
+    bad, said = 0, set()
     bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=stage, unit="step", mininterval=1,
                disable=not ranks.writes)  # fmt: skip
     log_path = os.path.join(run, "metrics.jsonl") if ranks.writes else os.devnull
@@ -256,18 +264,15 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             load = metrics.pop("load", None)
             if load is not None:
                 entry["max_load"] = max(map(max, load))
-                if entry["max_load"] > max(0.8 / model.config.top_k, 1.5 / model.config.n_experts):
-                    entry["warning"] = "router collapse: one expert takes over 80 % of the tokens"
-                    if not collapsed and step >= schedule.warmup:  # while warming up it comes and goes
-                        bar.write(f"{stage} step {step}: {entry['warning']} (said once; see metrics.jsonl)")
-                        collapsed = True
                 if step + 1 == schedule.steps:
                     entry["load"] = load
-            if watch and finite and (warning := watch(metrics)):
-                entry["warning"] = warning
-                if not warned:
-                    bar.write(f"{stage} step {step}: {warning} (said once; see metrics.jsonl)")
-                    warned = True
+            warnings = {"router": load and _collapse(load, model.config), "watch": watch and finite and watch(metrics)}
+            for kind, warning in warnings.items():
+                if warning:
+                    entry["warning"] = warning
+                    if kind not in said and step >= schedule.warmup:  # while warming up they come and go
+                        bar.write(f"{stage} step {step}: {warning} (said once; see metrics.jsonl)")
+                        said.add(kind)
             bad = 0 if finite else bad + 1
             if bad:
                 entry.update(loss=None, grad_norm=None, skipped="non-finite loss or gradient")
@@ -281,7 +286,9 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             done = step + 1
             stopping = ranks.agree(bool(asked))
             if done % save_every == 0 or done == schedule.steps or stopping:
-                save(done)
+                save(os.path.join(run, stage, f"step_{done}.pt"), model, optimizer=optimizer, step=done, **known)
+                if ranks.writes:
+                    prune(run, stage)
             if stopping:
                 bar.write(f"{stage}: SIGTERM, saved at step {done}; go on with --resume")
                 raise SystemExit(0)
