@@ -5,6 +5,8 @@ reference. It stands beside three baselines that know nothing: the most frequent
 a word copied from the prompt by rule, and the model itself with the product text cut away. Tasks with choices are also
 scored by the likelihood of each choice. Answers are kept in <run>/answers.jsonl: a killed evaluation goes on.
 
+Shapes: B rows, T tokens, A tokens of an answer, D model width, V vocabulary.
+
     python evaluate.py                                          # report of runs/demo
     python evaluate.py --tasks mine.jsonl                       # your own tasks (data/reader.py says what a line holds)
     python evaluate.py --tasks 50 --samples 8 --run runs/small --device cuda   # more tasks, 8 answers each

@@ -219,6 +219,11 @@ def int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E):
     return torch.cat([x @ w.T for x, w in zip(x_RD.split(counts_E.tolist()), weight_EFD, strict=True)])
 
 
+def int4_matmul_reference(x, qweight, scales, zeros):
+    """Eager twin of `int4_matmul`: dequantise, then multiply."""
+    return x @ dequantize_int4(qweight, scales.float(), zeros.float()).to(x.dtype).T
+
+
 FP8_MAX = 448.0  # the largest number of e4m3
 
 
@@ -235,6 +240,12 @@ def fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E):
     parts = zip(x_fp8_RD.float().split(counts_E.tolist()), weight_fp8.float(), weight_scale.float(), strict=True)
     y_RF = torch.cat([x @ w.T * scale for x, w, scale in parts])
     return (y_RF * scale_R.unsqueeze(-1)).to(x_RD.dtype)
+
+
+def fp8_matmul_reference(x, weight_fp8, weight_scale):
+    """Eager twin of `fp8_matmul`."""
+    x_fp8, scale = quantise_rows_reference(x)
+    return (x_fp8.float() @ weight_fp8.float().T * weight_scale.float() * scale.unsqueeze(-1)).to(x.dtype)
 
 
 if triton is not None:

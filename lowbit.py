@@ -21,6 +21,8 @@ from kernels import dequantize_int4, fp8_grouped_matmul, int4_grouped_matmul, qu
 from moe import MoE
 
 UNPACK = 64  # above so many rows of one matrix, dequantising it is cheaper than torch's int4 product on a CPU
+# what torch asks before it hands bf16 products to oneDNN; on other CPUs (no AVX-512) its own take ten times as long as fp32's
+FAST_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def round_up_to_bf16(positive):
@@ -63,8 +65,11 @@ def dequantize_fp8(weight_fp8, scale):
 
 
 def bf16_product(x_RD, weight_FD):
-    """x times weight transposed, both bf16; for one row torch.mv, which reads the weight twice as fast on a CPU."""
-    return (weight_FD @ x_RD[0])[None] if len(x_RD) == 1 else x_RD @ weight_FD.T
+    """x times weight transposed, both bf16, on a CPU: in fp32 where it is slow at bf16. One row goes to torch.mv, which reads the weight
+    twice as fast."""
+    if len(x_RD) == 1:
+        return (weight_FD @ x_RD[0])[None]
+    return x_RD @ weight_FD.T if FAST_BF16 else x_RD.float() @ weight_FD.float().T
 
 
 class LowBitLinear(nn.Module):
@@ -128,7 +133,7 @@ class FP8Linear(LowBitLinear):
     """e4m3 matrices, W8A8: weight_fp8 (E, F, D), weight_scale (E, F) fp32.
 
     kernels.fp8_grouped_matmul on a GPU, its eager twin on a CPU. `pack` widens the weights to bf16, which holds every e4m3 number, so
-    the products stay those of fp8 and only the sums are rounded to bf16: CPUs have no fp8 instruction.
+    the products stay those of fp8 and at most the sums are rounded to bf16: CPUs have no fp8 instruction.
     """
 
     def __init__(self, weight_fp8, weight_scale, input_scale=None):

@@ -4,6 +4,8 @@ Bradley-Terry: the probability that the chosen answer beats the rejected one is 
 schedules) start from one shared head, so that their weights may be averaged; held-out pairs compare the average with its members
 (Best-of-N does in benchmarks/alignment.py).
 
+Shapes: B pairs or rows, T tokens, D model width; P prompts with N answers each.
+
     python reward.py                                     # laptop: reward model of runs/demo on the embedded pairs
     python reward.py --data pairs.jsonl --run runs/small --device cuda
 """

@@ -6,6 +6,8 @@ pairs`, whether two words are the same and which number is larger, the steps tha
 above all. Conversations are packed by best-fit decreasing into rows of 256 tokens (wider if one conversation is longer); each sees only
 itself. Only answers are trained on; v3's mixed loss trains on the whole conversation where it is about e-commerce (`--full e-commerce`).
 
+Shapes: B rows, T tokens.
+
     python sft.py                 # laptop: sft1 and sft2 on top of runs/demo
     python sft.py --stage sft1 --data tasks.jsonl --run runs/small --device cuda
 """

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+import lowbit
 import quantize
 from checkpoint import is_quantized, load_checkpoint, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass, rope_table
 from generate import GREEDY, generate, load_for_inference
-from kernels import fp8_matmul, int4_matmul, unpack_int4
+from kernels import fp8_matmul, fp8_matmul_reference, int4_matmul, int4_matmul_reference, unpack_int4
 from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack
 from quantize import (
     METHODS,
@@ -480,8 +481,24 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     assert answer.returncode == 2 and "make it again with quantize.py" in answer.stderr
 
 
+@pytest.mark.parametrize("method", ("awq", "fp8"))
+def test_packed_layers_with_and_without_fast_bf16(method, monkeypatch):
+    """1 row, few and many: a CPU without bf16 instructions multiplies in fp32, to the same numbers but for rounding."""
+    layer, results = copy.deepcopy(quantized(method).blocks[0].attention.qkv), []
+    layer.pack()
+    exact = quantized(method).blocks[0].attention.qkv
+    for fast in (True, False):
+        monkeypatch.setattr(lowbit, "FAST_BF16", fast)
+        for rows in (1, 5, 100):
+            x_ND = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
+            results.append((layer(x_ND) - exact(x_ND)).norm() / exact(x_ND).norm())
+    assert max(results) < 0.02 and results[0] == results[3] and results[5] < results[2]
+
+
 def test_int4_matmul_of_one_matrix():
     g = torch.Generator().manual_seed(6)
     x, weight = torch.randn(2, 5, 64, generator=g), torch.randn(24, 64, generator=g)
     stored = quantize_int4(weight, 32)
     torch.testing.assert_close(int4_matmul(x, *stored), F.linear(x, dequantize_int4(*stored)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(int4_matmul_reference(x, *stored), int4_matmul(x, *stored), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fp8_matmul_reference(x, *quantize_fp8(weight)), fp8_matmul(x, *quantize_fp8(weight)), rtol=1e-5, atol=1e-5)
