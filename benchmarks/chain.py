@@ -46,14 +46,14 @@ def read(folder):
 def run_step(step, source, out):
     """Run one step as its command; returns its report with wall seconds and the peak memory (MB) of the largest process."""
     code = (
-        "import resource, subprocess, sys, time; t = time.perf_counter(); r = subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL);"
+        "import resource, subprocess, sys, time; t = time.perf_counter(); r = subprocess.run(sys.argv[1:]);"
         "print(r.returncode, time.perf_counter() - t, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     command = [sys.executable, "-m", "data.chain", "--step", step, "--data", source, "--out", out]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     status, seconds, peak = done.stdout.strip().split("\n")[-1].split()
     if status != "0":
-        raise RuntimeError(f"{step} failed on {source}")
+        raise RuntimeError(f"{step} failed on {source}:\n{done.stderr}")
     with open(os.path.join(out, "report.json")) as file:
         return {**json.load(file), "wall": float(seconds), "peak_MB": float(peak) / 1e3}
 

@@ -2,10 +2,11 @@
 
     peers        `tiny` without shared experts (transformers' are gated) against transformers' generate, same weights and settings, the
                  better of its experts implementations: 32 answers to one prompt, 32 prompts, one prompt; tasks of the evaluation, whose
-                 prompts and answers differ in length
-    concurrency  1 to 256 requests at once with the report's shapes of prompt and answer (1200 in 200 out, 1024 in 256 out) at a quarter
-    bandwidth    one row of a 310M-parameter model: bytes of active weights a second beside those of a sum over 1.2 GB
-    length       the time of a step early and late in a long answer
+                 prompts and answers differ in length. Ours also for one token an answer: what no faster decoding could save
+    concurrency  1 to 256 requests at once with the report's shapes of prompt and answer (1200 in 200 out, 1024 in 256 out) at a quarter,
+                 in FP32, int4 and FP8
+    bandwidth    one row of two models of about 300M parameters: bytes of active weights a second beside those of a sum over 1.2 GB
+    length       the time of a step early and late in a long answer, and the part of it that is attention
     mtp          tiny_v3 with and without its MTP block, three seeds at equal tokens: bits per byte, and what drafting then gives
 
 Trained arms of mtp are kept in benchmarks/results/generation.jsonl and not repeated.
@@ -21,6 +22,7 @@ import statistics
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,12 +31,15 @@ import torch
 import cli
 from benchmarks import RESULTS, finished, keep, keep_finished, kept
 from benchmarks.moe import medians, twin
+from benchmarks.quantization import LARGE, held, read_for_a_token, reloaded
 from compass import CONFIGS, Compass, CompassConfig, count_parameters
 from data import market
 from data.tasks import tasks
 from engine import Engine, Sampling
 from evaluate import bits_per_byte
 from generate import GREEDY
+from kvcache import KVCache
+from quantize import quantize_model
 from report import save, table
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
@@ -72,7 +77,7 @@ def peers():
     torch.manual_seed(0)
     model = Compass(replace(CONFIGS["tiny"], n_shared=0, max_seq_len=1024)).eval()
     tokenizer, theirs = endless_tokenizer(4096), twin(model).eval()
-    theirs.set_attn_implementation("sdpa")  # eager attention (benchmarks.alignment_speed) and batched_mm were never faster
+    theirs.set_attn_implementation("sdpa")  # eager attention was never faster (benchmarks.alignment_speed)
 
     def drawn(prompts, length):
         return [(prompt, 48) for prompt in torch.randint(4096, (prompts, length)).tolist()]
@@ -108,68 +113,85 @@ def peers():
         ("one prompt of 128 tokens", drawn(1, 128), 1),
         ("32 tasks of the evaluation", random.Random(0).sample(every, 32), 1), (f"all {len(every)}, 32 at once", every, 1),
     ):  # fmt: skip
-        arms = {"ours": lambda asked=asked, n=n: ours(asked, n)}
-        arms |= {f"transformers, {e}": lambda e=e, asked=asked, n=n: peer(e, asked, n) for e in ("eager", "grouped_mm")}
+        first = [(prompt, 1) for prompt, _ in asked]
+        arms = {"ours": lambda asked=asked, n=n: ours(asked, n), "ours, first tokens": lambda asked=first, n=n: ours(asked, n)}
+        arms |= {f"transformers, {e}": lambda e=e, asked=asked, n=n: peer(e, asked, n) for e in ("eager", "grouped_mm", "batched_mm")}
         seconds = results[case] = medians(arms, ROUNDS)
-        seconds["best peer / ours"] = min(v for k, v in seconds.items() if k != "ours") / seconds["ours"]
+        seconds["best peer / ours"] = min(v for k, v in seconds.items() if k.startswith("transformers")) / seconds["ours"]
         print(case, json.dumps(seconds), flush=True)
     return results
 
 
+def served(model, tokenizer, at_once, length, new):
+    """Figures of so many requests at once, of `length` random tokens and `new` tokens of answer each."""
+    engine, steps, busy = Engine(model, tokenizer, at_once, length + new), [], True
+    for prompt in torch.randint(4096, (at_once, length)).tolist():
+        engine.submit(prompt, Sampling(max_tokens=new))
+    while busy:
+        began = time.perf_counter()
+        busy = engine.step()
+        steps.append(time.perf_counter() - began)
+    return {
+        "tokens/s": at_once * new / sum(steps), "first token, s": steps[0], "later token, ms": 1e3 * statistics.median(steps[1:]),
+        "cache, MB": engine.bytes / 1e6,
+    }  # fmt: skip
+
+
 def concurrency():
-    """{shape: {requests at once: figures}} of the engine alone."""
+    """{"memory, MB": {method: weights}, shape: {method: {requests at once: figures}}} of the engine alone, random weights."""
     torch.manual_seed(0)
-    model, tokenizer, results = Compass(replace(CONFIGS["tiny"], max_seq_len=512)).eval(), endless_tokenizer(4096), {}
+    model, tokenizer = Compass(replace(CONFIGS["tiny"], max_seq_len=512)).eval(), endless_tokenizer(4096)
+    models, seen = {"FP32": model}, [torch.randint(4096, (8, 256))]
+    models |= {name: reloaded(quantize_model(model, seen, name.lower().split()[0])) for name in ("AWQ int4", "RTN int4", "FP8")}
+    results = {"memory, MB": {name: held(model) / 1e6 for name, model in models.items()}}
     for shape, length, new in (("300 in, 50 out", 300, 50), ("256 in, 64 out", 256, 64)):
+        results[shape] = {name: {} for name in models}
         for at_once in (1, 4, 16, 64, 256):
-            engine = Engine(model, tokenizer, at_once, length + new)
-            steps = []
-            for prompt in torch.randint(4096, (at_once, length)).tolist():
-                engine.submit(prompt, Sampling(max_tokens=new))
-            busy = True
-            while busy:
-                began = time.perf_counter()
-                busy = engine.step()
-                steps.append(time.perf_counter() - began)
-            results.setdefault(shape, {})[at_once] = {
-                "tokens/s": at_once * new / sum(steps), "first token, s": steps[0], "later token, ms": 1e3 * statistics.median(steps[1:]),
-                "cache, MB": engine.bytes / 1e6,
-            }  # fmt: skip
-            print(shape, at_once, json.dumps(results[shape][at_once]), flush=True)
+            for name, model in models.items():
+                results[shape][name][at_once] = served(model, tokenizer, at_once, length, new)
+                print(shape, name, at_once, json.dumps(results[shape][name][at_once]), flush=True)
     return results
 
 
 def bandwidth():
-    """Decoding one row of a model too large for the caches."""
-    config = CompassConfig(8, 1024, 16, 4, 64, 16, 4, 2, 512, 32_000, 256)
-    torch.manual_seed(0)
-    model, tokenizer = Compass(config).eval(), endless_tokenizer(32_000)
-    total, active = count_parameters(config)
-    read = 4 * (active - config.vocab_size * config.dim)  # of the embedding one row is read
-    large = torch.randn(300_000_000)
-    engine = Engine(model, tokenizer, 1)
-    engine.submit(list(range(16)), replace(GREEDY, max_tokens=200))
-    engine.step()
-    seconds = medians({"sum": large.sum, "step": engine.step}, 30)
-    limit, ours = 4 * len(large) / seconds["sum"], read / seconds["step"]
-    results = {"parameters": total, "GB a token": read / 1e9, "limit, GB/s": limit / 1e9, "ours, GB/s": ours / 1e9, "share": ours / limit,
-               "tokens/s": 1 / seconds["step"]}  # fmt: skip
-    print(json.dumps(results))
+    """{model: figures} of decoding one row of models too large for the caches: that of benchmarks.quantization, and one of fewer, wider
+    matrices."""
+    results, large = {}, torch.randn(300_000_000)
+    for name, config in (("12 layers", LARGE), ("8 layers", CompassConfig(8, 1024, 16, 4, 64, 16, 4, 2, 512, 32_000, 256))):
+        torch.manual_seed(0)
+        model = Compass(config).eval()
+        engine = Engine(model, endless_tokenizer(config.vocab_size), 1)
+        engine.submit(list(range(16)), replace(GREEDY, max_tokens=200))
+        engine.step()
+        seconds = medians({"sum": large.sum, "step": engine.step}, 30)
+        limit, ours = large.nbytes / seconds["sum"], read_for_a_token(model) / seconds["step"]
+        results[name] = {"parameters": count_parameters(config)[0], "tokens/s": 1 / seconds["step"], "limit": limit, "ours": ours}
+        print(name, json.dumps(results[name]), flush=True)
     return results
 
 
 def length():
-    """Milliseconds of a step of 16 rows by tokens already there; attention is the part that may grow."""
+    """{"step", "attention": {tokens already there: milliseconds}} of 16 rows; attention, the reading of keys and values, may grow."""
     torch.manual_seed(0)
     model, tokenizer = Compass(replace(CONFIGS["tiny"], max_seq_len=2048)).eval(), endless_tokenizer(4096)
-    engine, steps = Engine(model, tokenizer, 16, 2048), []
+    engine, seconds, attend = Engine(model, tokenizer, 16, 2048), {"step": [], "attention": []}, KVCache.attend
+
+    def timed_attend(*args):
+        began = time.perf_counter()
+        y_BHTC = attend(*args)
+        seconds["attention"][-1] += time.perf_counter() - began
+        return y_BHTC
+
     for i in range(16):
         engine.submit([i, 5], replace(FREE, max_tokens=2000))
-    for _ in range(1990):
-        began = time.perf_counter()
-        engine.step()
-        steps.append(time.perf_counter() - began)
-    results = {f"{at}": 1e3 * statistics.median(steps[at - 50 : at + 50]) for at in (100, 500, 1000, 1500, 1900)}
+    with mock.patch.object(KVCache, "attend", timed_attend):
+        for _ in range(1990):
+            seconds["attention"].append(0.0)
+            began = time.perf_counter()
+            engine.step()
+            seconds["step"].append(time.perf_counter() - began)
+    places = (100, 500, 1000, 1500, 1900)
+    results = {part: {f"{at}": 1e3 * statistics.median(spent[at - 50 : at + 50]) for at in places} for part, spent in seconds.items()}
     print("ms a step by tokens of the answer", results)
     return results
 
@@ -238,15 +260,16 @@ def mtp():
 def plot(results, path):
     """Throughput by concurrency, and the time of a step by length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for shape, rows in results["concurrency"].items():
-        left.plot([int(n) for n in rows], [row["tokens/s"] for row in rows.values()], "o-", label=shape)
-    left.set(xlabel="requests at once", ylabel="tokens/s, prefill included", title="throughput of `tiny`", ylim=(0, None))
+    for name, rows in results["concurrency"]["256 in, 64 out"].items():
+        left.plot([int(n) for n in rows], [row["tokens/s"] for row in rows.values()], "o-", label=name)
+    left.set(xlabel="requests at once, 256 in, 64 out", ylabel="tokens/s, prefill included", title="throughput of `tiny`", ylim=(0, None))
     left.set_xscale("log", base=2)
     left.set_xticks([int(n) for n in rows], rows)
     left.legend()
-    steps = results["length"]
-    right.plot([int(at) for at in steps], list(steps.values()), "o-")
+    for part, steps in results["length"].items():
+        right.plot([int(at) for at in steps], list(steps.values()), "o-", label=part)
     right.set(xlabel="tokens of the answer", ylabel="ms a step of 16 rows", title="cost of a step", ylim=(0, None))
+    right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.4)
     save(figure, path)
@@ -256,16 +279,24 @@ def tables(results):
     def listed(values, digits, scale=1):
         return ", ".join(f"{scale * value:.{digits}f}" for value in values)
 
-    peers, load = [], []
+    peers, load, methods = [], [], []
     for case, seconds in results["peers"].items():
-        ours, ratio = seconds["ours"], seconds["best peer / ours"]
-        peers.append([case, f"{ours:.3f}", f"{ours * ratio:.3f}", f"{ratio:.1f}"])
-    for shape, rows in results["concurrency"].items():
-        for n, row in rows.items():
+        ours, first, ratio = (seconds[name] for name in ("ours", "ours, first tokens", "best peer / ours"))
+        peers.append([case, f"{ours:.3f}", f"{first:.3f}", f"{ours * ratio:.3f}", f"{ratio:.1f}"])
+    (_, memory), *shapes = results["concurrency"].items()
+    for shape, by_method in shapes:
+        for n, row in by_method["FP32"].items():
             rest = f"{row['first token, s']:.3f}", f"{row['later token, ms']:.1f}", f"{row['cache, MB']:.1f}"
             load.append([shape, n, f"{row['tokens/s']:,.0f}", *rest])
-    band, length, mtp = (results[name] for name in ("bandwidth", "length", "mtp"))
-    rates = [f"{band['parameters'] / 1e6:.0f}M", *(f"{band[name]:.1f}" for name in ("tokens/s", "ours, GB/s", "limit, GB/s"))]
+        for name, rows in by_method.items():
+            cells = (f"{row['tokens/s']:,.0f} ({row['later token, ms']:.1f})" for row in rows.values())
+            methods.append([shape, name, f"{memory[name]:.1f}", *cells])
+    length, mtp, rates = results["length"], results["mtp"], []
+    for name, band in results["bandwidth"].items():
+        shown = f"{band['parameters'] / 1e6:.0f}M", f"{band['tokens/s']:.1f}", f"{band['ours'] / 1e9:.1f}", f"{band['limit'] / 1e9:.1f}"
+        rates.append([name, *shown, f"{100 * band['ours'] / band['limit']:.0f}"])
+    parts = {"step of 16 rows": length["step"], "attention": length["attention"]}
+    parts["the rest"] = {at: value - length["attention"][at] for at, value in length["step"].items()}
     ms = [f"{value:.0f}" for value in mtp["ms a training step, without and with"]]
     paired = "{:+.3f} ± {:.3f}".format(*mtp["difference, mean and spread"])
     block = [
@@ -273,10 +304,14 @@ def tables(results):
         ["with", listed(mtp["with"], 3), paired, ms[1], listed(mtp["accepted"], 0, 100), listed(mtp["speed-up"], 2)],
     ]
     return {
-        "peers": table(peers, ["", "ours, s", "transformers, s", "ratio"]),
-        "bandwidth": table([[*rates, f"{100 * band['share']:.0f}"]], ["parameters", "tokens/s", "weights, GB/s", "limit, GB/s", "%"]),
-        "concurrency": table(load, ["requests", "at once", "tokens/s", "first token, s", "later, ms", "cache, MB"]),
-        "length": table([["ms a step of 16 rows", *(f"{value:.1f}" for value in length.values())]], ["after so many tokens", *length]),
+        "peers": table(peers, ["", "ours, s", "of it to the first tokens", "transformers, s", "ratio"]),
+        "bandwidth": table(rates, ["", "parameters", "tokens/s", "weights, GB/s", "limit, GB/s", "%"]),
+        "concurrency": table(load, ["FP32, requests", "at once", "tokens/s", "first token, s", "later, ms", "cache, MB"]),
+        "methods": table(methods, ["tokens/s (ms a later token), at once", "", "weights, MB", *by_method["FP32"]]),
+        "length": table(
+            [[name, *(f"{value:.1f}" for value in part.values())] for name, part in parts.items()],
+            ["ms, after so many tokens", *length["step"]],
+        ),
         "mtp": table(block, ["block", "bits per byte", "paired", "ms a training step", "guesses right, %", "decoding, times as fast"]),
     }
 

@@ -8,7 +8,8 @@
 All arms train the same model on the same conversations, answers only, about the same number of places a step, and take turns. trl
 trains transformers' Qwen2-MoE of the same sizes, packed by its own best-fit decreasing, in three batch shapes with both of
 transformers' experts implementations; its best counts.
-Then: how full the bins are on three kinds of lengths, beside trl's and the lower bound, and the time for a million lengths.
+Then: the loss of the same conversations packed and one a row; how full the bins are on three kinds of lengths, beside trl's and the
+lower bound, and the time for a million lengths.
 
     python -m benchmarks.packing      # about 2 minutes on two cores
 """
@@ -30,9 +31,10 @@ from data.tasks import training
 from report import table
 from sft import CAPACITY, ROWS, Chats, collate, curriculum, pack, sft_loss
 from tokenizer import train as train_tokenizer
-from train import _train_step, make_optimizer
+from train import _train_step, losses_of, make_optimizer
 
 STEPS = 25
+NAMES = ("tokens", "targets", "weights", "doc_ids", "positions")  # of what `collate` returns
 
 
 def dynamic(lengths, places, rng):
@@ -48,7 +50,7 @@ def dynamic(lengths, places, rng):
 
 
 def our_arms(config, packed, padded):
-    """{name: a callable that trains one step and returns (valid tokens, places)}."""
+    """{name: a callable that trains one step and returns (valid tokens, places)}, and the model of the packed arm."""
     rng, lengths = random.Random(0), [len(ids) for ids, _ in packed.samples]
     order = list(range(len(lengths)))
     rng.shuffle(order)
@@ -58,8 +60,7 @@ def our_arms(config, packed, padded):
     }
 
     def fixed(chats, members, width):
-        names = ("tokens", "targets", "weights", "doc_ids", "positions")
-        batch = dict(zip(names, collate(chats.samples, [[i] for i in members], width or max(lengths[i] for i in members)), strict=True))
+        batch = dict(zip(NAMES, collate(chats.samples, [[i] for i in members], width or max(lengths[i] for i in members)), strict=True))
         return [{**batch, "domains": torch.zeros_like(batch["tokens"])}]
 
     batches = {name: (lambda step, b=b, width=width: fixed(packed, b[step], width)) for name, (b, width) in rows.items()}
@@ -77,7 +78,20 @@ def our_arms(config, packed, padded):
             return int(valid.sum()), valid.numel()
 
         arms[name] = arm
-    return arms
+    return arms, model  # packed is the last
+
+
+@torch.no_grad()
+def loss_difference(model, packed, bins=40):
+    """The loss of the conversations in the first bins, packed and one a row, nats a target, and the largest difference of a target's."""
+    members, losses = [i for unit in packed.units[:bins] for i in unit], {}
+    for name, rows in (("packed", packed.units[:bins]), ("one a row", [[i] for i in members])):
+        batch = dict(zip(NAMES, collate(packed.samples, rows, packed.capacity), strict=True))
+        nll_BT = losses_of(model, batch).nll_BT
+        losses[name] = nll_BT[batch["doc_ids"] >= 0]  # in the order of the members either way
+    counted = losses["packed"] > 0
+    means = {name: nll_N[counted].mean().item() for name, nll_N in losses.items()}
+    return {"conversations": len(members), **means, "largest": (losses["packed"] - losses["one a row"]).abs().max().item()}
 
 
 def trl_speed(config, samples, experts, rows, accumulate):
@@ -142,16 +156,20 @@ def bins():
 
 
 def tables(results):
-    fast, bins = results["packed"]["valid tokens/s"], dict(results["bins"])
+    fast, bins, loss = results["packed"]["valid tokens/s"], dict(results["bins"]), results["loss"]
     arms = []
     for name, r in results.items():
-        if name not in ("packed against trl", "bins"):
+        if name not in ("packed against trl", "loss", "bins"):
             filled, speed = f"{100 * r['filled']:.1f}" if "filled" in r else "", r["valid tokens/s"]
             arms.append([name, filled, f"{speed:,.0f}", f"{fast / speed:.2f}"])
     seconds = bins.pop("seconds for a million lengths")
     filled = [[kind, *(f"{n:,}" for n in counts.values())] for kind, counts in bins.items()]
     return {
         "speed": table(arms, ["", "places filled, %", "valid tokens/s", "packed is so many times as fast"]),
+        "loss": table(
+            [[loss["conversations"], f"{loss['packed']:.6f}", f"{loss['one a row']:.6f}", f"{loss['largest']:.1e}"]],
+            ["conversations", "loss packed, nats a target", "one a row", "largest difference of a target"],
+        ),
         "bins": table(filled, ["200,000 lengths into bins of 1,024", "ours", "trl's", "lower bound"])
         + f"\n\nA million lengths take {seconds:.1f} s.",
     }
@@ -163,7 +181,7 @@ def main():
     tokenizer = train_tokenizer(list(market.documents("general", 0, per_language=400)), config.vocab_size)
     chosen = curriculum("sft1", training(0, 300), 0)
     packed = Chats(chosen, tokenizer, CAPACITY, 0)
-    arms = our_arms(config, packed, Chats(chosen, tokenizer, CAPACITY, 0, packed=False))
+    arms, model = our_arms(config, packed, Chats(chosen, tokenizer, CAPACITY, 0, packed=False))
     seconds, seen = {name: [] for name in arms}, {name: [0, 0] for name in arms}
     for i in range(STEPS):
         for name, arm in arms.items():
@@ -181,7 +199,7 @@ def main():
             results[f"trl, packed, {rows} x {accumulate} rows, {experts}"] = {"valid tokens/s": speed}
     best = max(figures["valid tokens/s"] for name, figures in results.items() if name.startswith("trl"))
     results["packed against trl"] = results["packed"]["valid tokens/s"] / best
-    results["bins"] = bins()
+    results["loss"], results["bins"] = loss_difference(model, packed), bins()
     print(json.dumps(results, indent=1))
     keep("packing", results)
 

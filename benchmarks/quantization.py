@@ -5,13 +5,15 @@ loss on the reference answers, and at the same places the divergence KL(FP32 || 
 carry, and the probability that moved to other tokens (total variation), which no token can dominate. What depends on calibration is
 measured for three seeds that change its texts. Size: the checkpoint on disk, and what the loaded model holds.
 
-Base models (three seeds of weights, data and calibration) show the loss without an answer's luck: bits per byte on new documents in
-training's templates, of which a model that was trained on nothing else is uncertain everywhere.
+Base models (three seeds of weights, data order and calibration) show the loss without the luck of few tokens: bits per byte on new
+documents in training's templates, where nearly every token is uncertain.
 
-Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batch 1, 8 and 64, arms taking turns, prefill subtracted.
+Speed (v2 Table 4): greedy decoding of a random model of 300M parameters at batch 1, 8 and 64, arms taking turns, prefill subtracted;
+and the products a CPU could take for an int4 matrix, one by one.
 
 A rare language and outlier channels (v3): the norms' weights of a few channels are multiplied by a factor and their consumers' columns
 divided by it, which changes nothing in fp32; calibration then sees no Thai, or is chosen by `oversample` from texts where some are.
+Three seeds of calibration texts.
 
     python -m benchmarks.quantization --run checkpoints/tiny      # half an hour on two cores
     python -m benchmarks.quantization --part speed                # one part alone: quality, base, speed or rare
@@ -28,18 +30,21 @@ import time
 from collections import defaultdict
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import cli
 from benchmarks import RESULTS, keep, kept
+from benchmarks.moe import medians
 from benchmarks.tuning import train
 from checkpoint import checksum, latest_stage, load_latest, load_model, save_checkpoint
-from compass import CONFIGS, Compass
+from compass import CONFIGS, Compass, rope_table
 from data import market
 from data.tasks import fingerprint, tasks, training
 from evaluate import accuracy, answer_tasks, bits_per_byte
 from generate import GREEDY, generate
-from lowbit import FP8Linear, Int4Linear, load_quantized, matrices, pack, with_quantized
+from kernels import dequantize_int4
+from lowbit import FP8Linear, Int4Linear, LowBitLinear, load_quantized, matrices, pack, quantize_int4, with_quantized
 from quantize import GROUP, POOL, calibration_pool, oversample, quantize_model
 from report import save, table
 from sft import chat_of
@@ -58,6 +63,7 @@ LARGE = dataclasses.replace(
     CONFIGS["small"], n_layers=12, n_heads=16, n_kv_heads=4, n_experts=16, expert_dim=384, vocab_size=8192, max_seq_len=1024
 )  # fmt: skip
 BATCHES, NEW, ROUNDS = (1, 8, 64), 16, 3
+PRODUCT, PRODUCT_ROWS = (768, 1024), (1, 8, 16, 64, 128)  # one matrix (F, D), rows of x
 RARE, NARROW, CHANNELS, FACTORS = "th", 8, 4, (1, 100, 100_000)
 
 
@@ -111,13 +117,29 @@ def damage(model, exact, samples):
     return tuple({lang: (s[i] / s[3]).item() for lang, s in sums.items()} for i in range(3))
 
 
+@torch.inference_mode()
+def layer_errors(model, quantized, samples):
+    """Of each layer |dy| / |y|, y what it adds to the residual stream, on the exact model's inputs: held-out conversations."""
+    sums_L2 = torch.zeros(len(model.blocks), 2)
+    for _, ids_1T, _ in samples:
+        positions_1T, c = torch.arange(ids_1T.shape[1]).unsqueeze(0), model.config
+        x_BTD, rope = model.embedding(ids_1T), rope_table(positions_1T, c.head_dim, c.rope_base)
+        for sums_2, block, rounded in zip(sums_L2, model.blocks, quantized.blocks, strict=True):
+            y_BTD = block(x_BTD, rope, None)[0]
+            sums_2 += torch.stack([(rounded(x_BTD, rope, None)[0] - y_BTD).square().sum(), (y_BTD - x_BTD).square().sum()])
+            x_BTD = y_BTD
+    return (sums_L2[:, 0] / sums_L2[:, 1]).sqrt().tolist()
+
+
 def measure(model, exact, tokenizer, test, samples, reference=None):
-    """{"loss", "divergence", "moved", "accuracy", "differ", "answers"}: means over languages; share of answers unlike the reference's."""
+    """{"loss", "divergence", "moved", "accuracy", "by_task", "differ", "answers"}: means over languages; share of answers unlike the
+    reference's."""
     loss, divergence, moved = (statistics.mean(by_language.values()) for by_language in damage(model, exact, samples))
     answers = [answer for _, answer in answer_tasks(model, tokenizer, test, thinking=True)]
     differ = sum(a != b for a, b in zip(answers, reference or answers, strict=True)) / len(answers)
-    right = accuracy(test, answers)["overall"]
-    return {"loss": loss, "divergence": divergence, "moved": moved, "accuracy": right, "differ": differ, "answers": answers}
+    right = accuracy(test, answers)
+    return {"loss": loss, "divergence": divergence, "moved": moved, "accuracy": right["overall"], "by_task": right["by_task"],
+            "differ": differ, "answers": answers}  # fmt: skip
 
 
 def quality(model, tokenizer, dtype):
@@ -131,15 +153,15 @@ def quality(model, tokenizer, dtype):
         for seed in range(SEEDS if method in SEARCHED else 1):
             pool = calibration_pool(tokenizer, None, context, seed)
             quantized = quantize_model(model, [pool[i] for i in oversample(model, pool)], method, group, seed)
-            error = statistics.mean(entry["after"] for entry in quantized.report)
+            errors = layer_errors(model, quantized, samples[::5])
             disk, packed = on_disk(quantized, dtype), reloaded(quantized)
-            runs.append({**measure(packed, exact, tokenizer, test, samples, full["answers"]), "layer error": error})
-            print(name, {key: round(value, 4) for key, value in runs[-1].items() if key != "answers"}, flush=True)
+            runs.append({**measure(packed, exact, tokenizer, test, samples, full["answers"]), "layer errors": errors})
+            print(name, {key: round(value, 4) for key, value in runs[-1].items() if isinstance(value, float)}, errors, flush=True)
         results[name] = {"disk": disk, "memory": held(packed), "runs": runs}
     for result in results.values():
         for run in result["runs"]:
             del run["answers"]
-    return {"tasks_hash": fingerprint(test), "tasks": len(test), "arms": results}  # layer errors are those on calibration's tokens
+    return {"tasks_hash": fingerprint(test), "tasks": len(test), "arms": results}
 
 
 def base():
@@ -181,9 +203,54 @@ def large_models():
     return models
 
 
+def read_for_a_token(model):
+    """Bytes of the weights that one token goes through."""
+    c, total = model.config, 0.0
+    for name, p in model.named_parameters():  # of the embedding one row is read
+        total += p.nbytes * (c.top_k / c.n_experts if name.endswith(("ED2F", "EFD")) else name != "embedding.weight")
+    for module in model.modules():
+        if isinstance(module, LowBitLinear):
+            E, *_ = module.weight_fp8.shape if isinstance(module, FP8Linear) else module.qweight.shape
+            tensors = module.buffers() if isinstance(module, FP8Linear) else [t for pair in module.packed for t in pair]
+            total += sum(t.nbytes for t in tensors) * (c.top_k / E if E > 1 else 1)
+    return total
+
+
+def products():
+    """{product: {rows: microseconds}} of one matrix: what `Int4Linear` and `FP8Linear` could take on this CPU."""
+    weight_FD = torch.randn(PRODUCT, generator=torch.Generator().manual_seed(0))
+    qweight, scales, zeros = quantize_int4(weight_FD, GROUP)
+    layer = Int4Linear(qweight[None], scales[None].bfloat16(), zeros[None].to(torch.uint8))
+    layer.pack()
+    stored, (packed, scales_and_offsets) = (layer.qweight[0], layer.scales[0], layer.zeros[0]), layer.packed[0]
+    half_FD, step_F1 = weight_FD.bfloat16(), weight_FD.abs().amax(1, keepdim=True) / 127
+    eight_FD, step_F = (weight_FD / step_F1).round().to(torch.int8), step_F1.squeeze(1).bfloat16()
+    compiled = torch.compile(lambda x_ND: x_ND @ dequantize_int4(*stored).T, dynamic=False)
+    results = defaultdict(dict)
+    for rows in PRODUCT_ROWS:
+        x_ND = torch.randn(rows, PRODUCT[1])
+        half_ND = x_ND.bfloat16()
+        arms = {
+            "fp32": lambda x=x_ND: x @ weight_FD.T,
+            "bf16": lambda x=half_ND: x @ half_FD.T,
+            "bf16 to fp32, then the product": lambda x=x_ND: x @ half_FD.float().T,
+            "torch's int8": lambda x=half_ND: torch._weight_int8pack_mm(x, eight_FD, step_F),
+            "torch's int4": lambda x=half_ND: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales_and_offsets),
+            "int4 to bf16, then the product": lambda x=half_ND: x @ dequantize_int4(*stored).T,
+            "the same, compiled": lambda x=half_ND: compiled(x),
+            "int4 to fp32, then the product": lambda x=x_ND: x @ dequantize_int4(*stored).float().T,
+        }
+        with torch.inference_mode():
+            for name, seconds in medians(arms, 50).items():
+                results[name][rows] = 1e6 * seconds
+    print(json.dumps(results), flush=True)
+    return results
+
+
 def speed():
-    """{"memory": {arm: bytes}, "tokens/s": {arm: {batch: rate}}} of greedy decoding: the steps between the least time for one token
-    and the least for NEW more, each of ROUNDS, after a round that does not count."""
+    """Greedy decoding: {"memory", "read": {arm: bytes, held and read for a token}, "limit": bytes/s of a sum over 1.2 GB,
+    "tokens/s": {arm: {batch: rate}}, "products"}, rates by the steps between the least time for one token and the least for NEW more, each
+    of ROUNDS, after a round that does not count."""
     tokenizer, models = Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500)), large_models()
     with torch.no_grad():  # no answer stops early: the stop tokens' logits are 0, never the largest
         for model in models.values():
@@ -202,7 +269,10 @@ def speed():
         for name in models:
             rates[name][batch] = batch * NEW / (min(seconds[name, 1 + NEW]) - min(seconds[name, 1]))
         print(batch, {name: f"{rates[name][batch]:.1f}" for name in models}, flush=True)
-    return {"threads": torch.get_num_threads(), "memory": {name: held(model) for name, model in models.items()}, "tokens/s": rates}
+    large = torch.randn(300_000_000)
+    limit = large.nbytes / medians({"sum": large.sum}, 10)["sum"]
+    memory, read = ({name: size_of(model) for name, model in models.items()} for size_of in (held, read_for_a_token))
+    return {"threads": torch.get_num_threads(), "memory": memory, "read": read, "limit": limit, "tokens/s": rates, "products": products()}
 
 
 @torch.no_grad()
@@ -220,35 +290,35 @@ def with_outliers(model, factor):
 
 
 def rare(model, tokenizer):
-    """{factor: {arm: {"others", "rare": divergence from FP32 in nats a token, "loss others", "loss rare", "texts", "least"}}}.
+    """{factor: {arm: {"divergence", "loss": {lang: [nats a token of each seed]}, "texts", "least": [of each seed]}}}.
 
     Narrow calibration sees NARROW conversations, none of them in Thai; expert-aware calibration adds what `oversample` takes from 492 more,
-    16 of them in Thai. least: tokens that the rarest expert of a layer saw.
+    16 of them in Thai. least: tokens that the rarest expert of a layer saw. Arms that do not depend on calibration have one seed.
     """
-    context, texts = model.config.max_seq_len, training(0, 128)
-    random.Random(0).shuffle(texts)
-    plain, thai = ([t for t in texts if (t["lang"] == RARE) == wanted] for wanted in (False, True))
-    more = plain[NARROW:484] + thai[:16]
-    random.Random(1).shuffle(more)
-    pool = [ids for _, ids, _ in conversations(plain[:NARROW] + more, tokenizer, context)]
-    samples, results = conversations(tasks("test", 0, PER_TASK_RARE), tokenizer, context), {}
+    context, results = model.config.max_seq_len, {factor: {} for factor in FACTORS}
+    samples = conversations(tasks("test", 0, PER_TASK_RARE), tokenizer, context)
     exact = answer_logprobs(model, samples)
-    for factor in FACTORS:
-        changed, results[factor] = with_outliers(model, factor), {}
-        wide = [pool[i] for i in oversample(changed, pool, first=NARROW)]
-        arms = {"RTN int4": ("rtn", wide), "FP8, naive": ("fp8-naive", wide)}
-        for name, method in (("AWQ int4", "awq"), ("FP8, smoothed", "fp8")):
-            arms |= {f"{name}, calibrated without Thai": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
-        for name, (method, batches) in arms.items():
-            arm = quantize_model(changed, batches, method)
-            loss, divergence, _ = damage(reloaded(arm), exact, samples)
-            others = [lang for lang in loss if lang != RARE]
-            results[factor][name] = {
-                "others": statistics.mean(divergence[lang] for lang in others), "rare": divergence[RARE],
-                "loss others": statistics.mean(loss[lang] for lang in others), "loss rare": loss[RARE],
-                "texts": len(batches), "least": min(entry["tokens"] for entry in arm.report),
-            }  # fmt: skip
-            print(factor, name, {key: round(value, 5) for key, value in results[factor][name].items()}, flush=True)
+    for seed in range(SEEDS):
+        texts = training(seed, 128)
+        random.Random(seed).shuffle(texts)
+        plain, thai = ([t for t in texts if (t["lang"] == RARE) == wanted] for wanted in (False, True))
+        more = plain[NARROW:484] + thai[:16]
+        random.Random(seed + 1).shuffle(more)
+        pool = [ids for _, ids, _ in conversations(plain[:NARROW] + more, tokenizer, context)]
+        for factor, made in results.items():
+            changed = with_outliers(model, factor)
+            wide = [pool[i] for i in oversample(changed, pool, first=NARROW)]
+            arms = {} if seed else {"RTN int4": ("rtn", wide), "FP8, naive": ("fp8-naive", wide)}
+            for name, method in (("AWQ int4", "awq"), ("FP8, smoothed", "fp8")):
+                arms |= {f"{name}, calibrated without Thai": (method, pool[:NARROW]), f"{name}, expert-aware": (method, wide)}
+            for name, (method, batches) in arms.items():
+                arm, found = quantize_model(changed, batches, method), made.setdefault(name, defaultdict(lambda: defaultdict(list)))
+                for key, by_language in zip(("loss", "divergence"), damage(reloaded(arm), exact, samples), strict=False):
+                    for lang, value in by_language.items():
+                        found[key][lang].append(value)
+                found["calibration"]["texts"].append(len(batches))
+                found["calibration"]["least"].append(min(entry["tokens"] for entry in arm.report))
+                print(seed, factor, name, {lang: round(values[-1], 5) for lang, values in found["divergence"].items()}, flush=True)
     return results
 
 
@@ -272,12 +342,13 @@ def plot(results, path):
     if "rare" in results:
         factor = max(results["rare"], key=int)
         arms = results["rare"][factor]
-        for i, side in enumerate(("others", "rare")):
-            cost = [arm[side] for arm in arms.values()]
-            axes[2].plot(cost, range(len(cost)), "os"[i], label="Thai" if side == "rare" else "seven other languages")
+        for lang in sorted(arms["RTN int4"]["divergence"], key=lambda lang: lang == RARE):
+            cost, style = [statistics.mean(arm["divergence"][lang]) for arm in arms.values()], "C1s" if lang == RARE else "C0o"
+            axes[2].plot(cost, range(len(cost)), style, label="Thai" if lang == RARE else None)
         axes[2].set_yticks(range(len(arms)), arms, fontsize=8)
         axes[2].grid(alpha=0.4)
-        axes[2].set(xscale="log", xlabel="divergence from FP32, nats a token", title=f"{CHANNELS} outlier channels, times {int(factor):,}")
+        title = f"{CHANNELS} outlier channels, times {int(factor):,}"
+        axes[2].set(xscale="log", xlabel="divergence from FP32, nats a token; a dot a language", title=title)
         axes[2].legend(fontsize=8)
     save(figure, path)
 
@@ -286,18 +357,28 @@ def tables(results):
     """Only of the parts that have been measured."""
     made = {}
     if "speed" in results:
-        rates, memory, rows = results["speed"]["tokens/s"], results["speed"]["memory"], []
+        measured, rows = results["speed"], []
+        rates, limit, products = measured["tokens/s"], measured["limit"], measured["products"]
         for name, by_batch in rates.items():
             cells = (f"{rate:.1f} ({rate / rates['FP32'][batch]:.2f} ×)" for batch, rate in by_batch.items())
-            rows.append([name, f"{memory[name] / 1e6:.0f}", *cells])
-        made["speed"] = table(rows, ["tokens/s", "memory, MB", *(f"batch {batch}" for batch in rates["FP32"])])
+            weights = measured["read"][name] * by_batch[str(BATCHES[0])]
+            rows.append([name, f"{measured['memory'][name] / 1e6:.0f}", *cells, f"{weights / 1e9:.1f} ({100 * weights / limit:.0f} %)"])
+        header = ["tokens/s", "memory, MB", *(f"batch {batch}" for batch in rates["FP32"])]
+        made["speed"] = table(rows, [*header, f"weights read at batch 1, GB/s (of {limit / 1e9:.1f})"])
+        rows = [[name, *(f"{micro:.0f}" for micro in by_rows.values())] for name, by_rows in products.items()]
+        made["products"] = table(rows, ["microseconds, rows", *products["fp32"]])
     if "quality" in results:
-        shown, rows = {"loss": (1, 4), "divergence": (1, 5), "moved": (100, 3), "accuracy": (100, 1), "layer error": (100, 1)}, []
+        shown, rows, tasks_of = {"loss": (1, 4), "divergence": (1, 5), "moved": (100, 3), "accuracy": (100, 1)}, [], {}
         for name, arm in results["quality"]["arms"].items():
             cells = (", ".join(f"{k * run[key]:.{d}f}" for run in arm["runs"] if key in run) for key, (k, d) in shown.items())
-            rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells])
-        header = ["", "MB on disk", "in memory", "loss", "divergence", "probability moved, %", "accuracy, %", "mean layer error, %"]
+            errors = ("/".join(f"{100 * error:.1f}" for error in run["layer errors"]) for run in arm["runs"] if "layer errors" in run)
+            rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells, ", ".join(errors)])
+            for task in arm["runs"][0]["by_task"]:
+                tasks_of.setdefault(task, []).append(statistics.mean(100 * run["by_task"][task] for run in arm["runs"]))
+        header = ["", "MB on disk", "in memory", "loss", "divergence", "probability moved, %", "accuracy, %", "layer errors, %"]
         made["quality"] = table(rows, header)
+        rows = [[task, *(f"{value:.1f}" for value in values)] for task, values in tasks_of.items()]
+        made["tasks"] = table(rows, ["accuracy, %", *results["quality"]["arms"]])
     if "base" in results:
         rows = []
         for name, bits in results["base"].items():
@@ -308,10 +389,13 @@ def tables(results):
         rows = []
         for factor, arms in results["rare"].items():
             for name, arm in arms.items():
-                cells = (f"{arm[key]:.4f}" for key in ("others", "rare", "loss others", "loss rare"))
-                rows.append([f"{int(factor):,}", name, *cells, arm["texts"], arm["least"]])
-        sides = "divergence, seven others", "Thai", "loss, seven others", "Thai"
-        made["rare"] = table(rows, ["outliers, times", "", *sides, "texts", "tokens of the rarest expert"])
+                thai, others = arm["divergence"][RARE], [values for lang, values in arm["divergence"].items() if lang != RARE]
+                cells = (", ".join(f"{1000 * value:.1f}" for value in values) for values in (np.mean(others, axis=0), thai))
+                least = ", ".join(map(str, arm["calibration"]["least"]))
+                by_language = (f"{1000 * statistics.mean(values):.1f}" for values in arm["divergence"].values())
+                rows.append([f"{int(factor):,}", name, *cells, *by_language, least])
+        sides = "seven others", "Thai", *(f"mean, {lang}" for lang in arm["divergence"])
+        made["rare"] = table(rows, ["outliers, times", "divergence, thousandths of a nat", *sides, "tokens of the rarest expert"])
     return made
 
 
