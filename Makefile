@@ -1,6 +1,6 @@
 # make demo: the whole chain on the embedded marketplace. make test: every test. make pretrained: the longer training of the checkpoint that ships.
 # make bench: the short benchmarks, then every table and plot of RESULTS.md (under an hour on two cores). make bench-full: all but drills, corpus and gpu,
-# the demo first (about seven hours); DATA=folder of real text, PEERS=folder of public tokenizers for those that need them.
+# the demo first (about seven hours and a half); DATA=folder of real text, PEERS=folder of public tokenizers for those that need them.
 # Each makes its own environment.
 PYTHON ?= python3
 

