@@ -21,7 +21,7 @@ from kernels import dequantize_int4, fp8_grouped_matmul, int4_grouped_matmul, qu
 from moe import MoE
 
 UNPACK = 64  # above so many rows of one matrix, dequantising it is cheaper than torch's int4 product on a CPU
-# what torch asks before it hands bf16 products to oneDNN; on other CPUs (no AVX-512) its own take ten times as long as fp32's
+# what torch asks before it hands bf16 products to oneDNN; on other CPUs (no AVX-512) its own take up to seven times as long as fp32's
 FAST_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
