@@ -231,8 +231,8 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
     batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function of the step, and a stage is
     not resumed on other data. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss or
     gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
-    watch(metrics of a step) -> a warning to log and, after the warm-up, say once, or None. A model that parallel.py made is trained by
-    all its ranks: every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
+    watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
+    every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
     ranks, device, optimizer = model.ranks, next(model.parameters()).device, make_optimizer(model, schedule.beta2)
     if ranks.several:
@@ -270,7 +270,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             for kind, warning in warnings.items():
                 if warning:
                     entry["warning"] = warning
-                    if kind not in said and step >= schedule.warmup:  # while warming up they come and go
+                    if kind not in said and (kind == "watch" or step >= schedule.warmup):  # while warming up, collapses come and go
                         bar.write(f"{stage} step {step}: {warning} (said once; see metrics.jsonl)")
                         said.add(kind)
             bad = 0 if finite else bad + 1

@@ -22,14 +22,14 @@ import torch
 import cli
 from benchmarks import RESULTS, finished, keep, keep_finished
 from benchmarks.generation import endless_tokenizer, served
-from benchmarks.tuning import train
+from benchmarks.tuning import general_model
 from compass import CONFIGS, Compass, count_parameters
 from data import market
 from evaluate import bits_per_byte
 from moe import SwiGLU
 from report import save, table
 from tokenizer import train as train_tokenizer
-from train import RECIPES, Tokenised, TokenRows, language_model_loss
+from train import Tokenised
 
 SEEDS, STEPS, ROUNDS = 3, 600, 3
 TINY = "tiny, 16 experts of 64, top-4 + 2 shared"
@@ -43,11 +43,7 @@ AT_ONCE = (1, 4, 16, 64, 256)
 
 def run(config, tokenised, tokenizer, held, seed):
     """{documents: bits per byte} of one trained arm."""
-    recipe = RECIPES["tiny"]["general"]
-    torch.manual_seed(seed)
-    model, rows = Compass(config), TokenRows(tokenised, recipe.seq_len, seed)
-    batches = rows.batches(recipe.rows, recipe.micro_rows)
-    train(model, batches, language_model_loss, recipe.schedule._replace(steps=STEPS), f"seed {seed}")
+    model = general_model(config, tokenised, STEPS, seed)
     with torch.inference_mode():
         return {name: statistics.mean(bits_per_byte(model, tokenizer, documents).values()) for name, documents in held.items()}
 

@@ -36,7 +36,7 @@ import torch
 import cli
 from benchmarks import RESULTS, keep, kept
 from benchmarks.moe import medians
-from benchmarks.tuning import train
+from benchmarks.tuning import general_model
 from checkpoint import checksum, latest_stage, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass, rope_table
 from data import market
@@ -50,7 +50,7 @@ from report import save, table
 from sft import chat_of
 from tokenizer import Tokenizer, train_bpe
 from tokenizer import train as train_tokenizer
-from train import RECIPES, Tokenised, TokenRows, language_model_loss
+from train import Tokenised
 
 SEEDS, PER_TASK, PER_TASK_RARE = 3, 10, 2  # tasks of a kind and language
 STEPS, NEW_DOCUMENTS = 600, 200  # of a base model's training; of each language
@@ -167,14 +167,12 @@ def quality(model, tokenizer, dtype):
 def base():
     """{arm: [bits per byte of each seed's model]}, means over languages."""
     documents, new = list(market.documents("general", 0)), list(market.documents("general", 1, per_language=NEW_DOCUMENTS))
-    tokenizer, recipe = train_tokenizer(documents, CONFIGS["tiny"].vocab_size), RECIPES["tiny"]["general"]
+    config = CONFIGS["tiny"]
+    tokenizer = train_tokenizer(documents, config.vocab_size)
     tokenised, results = Tokenised(documents, tokenizer), defaultdict(list)
     for seed in range(SEEDS):
-        torch.manual_seed(seed)
-        model, rows = Compass(CONFIGS["tiny"]), TokenRows(tokenised, recipe.seq_len, seed)
-        schedule = recipe.schedule._replace(steps=STEPS)
-        train(model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule, f"base model {seed}")
-        texts = [tokenizer.encode(d["text"])[: recipe.seq_len] for d in random.Random(seed).sample(documents, POOL)]
+        model = general_model(config, tokenised, STEPS, seed)
+        texts = [tokenizer.encode(d["text"])[: config.max_seq_len] for d in random.Random(seed).sample(documents, POOL)]
         pool = [torch.tensor([ids]) for ids in texts]
         pool = [pool[i] for i in oversample(model, pool)]
         for name in ("FP32", *ARMS):

@@ -41,6 +41,15 @@ def train(model, batches, loss_fn, schedule, name):
     return model.eval()
 
 
+def general_model(config, tokenised, steps, seed):
+    """A model after so many steps of the general stage of `tiny`."""
+    torch.manual_seed(seed)
+    recipe, model = RECIPES["tiny"]["general"], Compass(config)
+    rows = TokenRows(tokenised, recipe.seq_len, seed)
+    schedule = recipe.schedule._replace(steps=steps)
+    return train(model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule, f"general {seed}")
+
+
 def base_model(documents, tokenizer, seed):
     torch.manual_seed(seed)
     model = Compass(CONFIGS["tiny"])
