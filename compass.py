@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import cli
 from cli import InputError
 from kernels import count_assignments
-from moe import MoE, SwiGLU, load_balancing_loss, router_z_loss
+from moe import Linear, MoE, SwiGLU, load_balancing_loss, router_z_loss
 
 LOSS_ROWS = 512  # targets whose logits the loss holds at a time
 
@@ -195,8 +195,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.H, self.G, self.C = config.n_heads, config.n_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.dim, (self.H + 2 * self.G) * self.C, bias=False)
-        self.out = nn.Linear(self.H * self.C, config.dim, bias=False)
+        self.qkv = Linear(config.dim, (self.H + 2 * self.G) * self.C)
+        self.out = Linear(self.H * self.C, config.dim)
 
     def forward(self, x_BTD, rope, mask, cache=None, layer=None):
         B, T, _ = x_BTD.shape
@@ -235,7 +235,7 @@ class MTPBlock(nn.Module):
         super().__init__()
         self.hidden_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.token_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.join = Linear(2 * config.dim, config.dim)
         self.block = Block(config, dense=True)
 
     def forward(self, h_BTD, embedded_BTD, rope, mask, cache=None, layer=None):
@@ -316,7 +316,7 @@ class Compass(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
         self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_depth))
         init_weights(self, config)
         with torch.no_grad():

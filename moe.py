@@ -5,7 +5,7 @@ probabilities, beside the shared experts that always do. Two small losses keep t
 healthy: the aux loss spreads tokens over experts, the z-loss keeps the router's logits small. No token
 is ever dropped.
 
-Shapes: N tokens, D model width, E experts, K experts per token, R = N*K, F expert width.
+Shapes: N tokens, D model width, E experts, K experts per token, R = N*K, F expert width, P threads.
 
     python moe.py       # one layer on random tokens: shapes, losses, load per expert
 """
@@ -37,13 +37,41 @@ def router_z_loss(logits_NE):
     return logits_NE.logsumexp(-1).square().sum() / max(1, len(logits_NE))
 
 
+def few_on_cpu(x):
+    """Whether x is a plain tensor of so few rows, outside training, that a CPU's BLAS would leave their product to one thread."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, whose outputs are divided among the threads where rows are few."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        P = torch.get_num_threads()
+        if P == 1 or self.out_features % P or not few_on_cpu(x):
+            return super().forward(x)
+        x_DN = x.reshape(-1, self.in_features).T
+        y_PFN = torch.bmm(self.weight.view(P, -1, self.in_features), x_DN.expand(P, -1, -1))
+        return y_PFN.flatten(0, 1).T.reshape(*x.shape[:-1], self.out_features)
+
+
+def times_matrix(x_1D, weight_DF):
+    """x @ weight, divided likewise."""
+    P = torch.get_num_threads()
+    if P == 1 or weight_DF.shape[1] % P:
+        return x_1D @ weight_DF
+    return torch.bmm(x_1D.expand(P, -1, -1), weight_DF.unflatten(1, (P, -1)).transpose(0, 1)).view(1, -1)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
 
     def __init__(self, dim, width):
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
+        self.gate_up = Linear(dim, 2 * width)
+        self.down = Linear(width, dim)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -65,6 +93,8 @@ class MoE(nn.Module):
     forward: x_BTD -> (y_BTD, logits_NE, index_NK) with N = B*T; logits are fp32, before the softmax. The experts' weights are empty
     until compass.init_weights fills them.
     """
+
+    whole = True  # False where this rank holds a part of the experts
 
     def __init__(self, config):
         super().__init__()
@@ -91,19 +121,33 @@ class MoE(nn.Module):
         gate_ENF, up_ENF = (x_ND @ self.gate_up_ED2F).chunk(2, dim=-1)
         weights_NE = torch.zeros(len(x_ND), self.n_experts, dtype=weights_NK.dtype, device=x_ND.device).scatter_(1, index_NK, weights_NK)
         h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
-        h_NEF = h_ENF.transpose(0, 1).flatten(1).to(self.down_EFD.dtype)  # (N, E*F): all experts' hidden units beside each other
-        return (h_NEF @ self.down_EFD.flatten(0, 1)).to(x_ND.dtype)
+        return (h_ENF.to(self.down_EFD.dtype) @ self.down_EFD).sum(0).to(x_ND.dtype)
+
+    def into_expert(self, x_1D, e):
+        return times_matrix(x_1D, self.gate_up_ED2F[e])
+
+    def out_of_expert(self, h_1F, e):
+        return times_matrix(h_1F, self.down_EFD[e])
+
+    def one_token(self, x_1D, weights_1K, index_1K):
+        """What permute, `experts` and unpermute give for a single token, without sorting."""
+        chosen = index_1K[0].tolist()
+        gate_KF, up_KF = torch.cat([self.into_expert(x_1D, e) for e in chosen]).chunk(2, dim=-1)
+        h_KF = F.silu(gate_KF) * up_KF * weights_1K.T.to(up_KF.dtype)
+        return sum(self.out_of_expert(h_1F, e) for h_1F, e in zip(h_KF.split(1), chosen, strict=True))
 
     def all_are_read(self, N):
         """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough
         that a product takes no longer than reading its weights. Not in training."""
-        return N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled()
+        return self.whole and N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled()
 
     def forward(self, x_BTD):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE, weights_NK, index_NK = self.route(x_ND)
         if self.all_are_read(len(x_ND)):
             y_ND = self.every_expert(x_ND, weights_NK, index_NK)
+        elif len(x_ND) == 1 and self.whole and few_on_cpu(x_ND):
+            y_ND = self.one_token(x_ND, weights_NK, index_NK)
         else:
             x_RD, row_of_NK, counts_E = permute(x_ND, index_NK, self.n_experts)
             y_ND = unpermute(self.experts(x_RD, counts_E), row_of_NK, weights_NK)

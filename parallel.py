@@ -208,7 +208,7 @@ def shard_experts(moe, mesh):
         weight = distribute_tensor(getattr(moe, name), mesh, [Shard(0)], src_data_rank=None)
         setattr(moe, name, nn.Parameter(weight))
     moe.experts = functools.partial(exchange_and_compute, moe, mesh.get_group())
-    moe.all_are_read = lambda N: False  # this rank holds a part of them
+    moe.whole = False
 
 
 def pack(linear, parts, tp):

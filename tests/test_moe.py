@@ -7,7 +7,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from compass import init_weights
-from moe import MoE, load_balancing_loss, router_z_loss
+from moe import Linear, MoE, load_balancing_loss, router_z_loss
 
 
 def naive_moe(layer, x_ND):
@@ -148,6 +148,22 @@ def test_asking_every_expert_equals_sorting(micro_config):
             torch.testing.assert_close(routed, expected[0], rtol=1e-5, atol=1e-6)
             assert layer.all_are_read(tokens) == (2 <= tokens <= 32)
         assert not layer.all_are_read(tokens)  # never in training
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@torch.no_grad()
+def test_products_divided_among_threads(threads, micro_config, monkeypatch):
+    """Few rows on a CPU: the parts of a product give the whole, and a token alone what it gets among others."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    linear = Linear(24, 40)  # 3 does not divide 40
+    for shape in ((24,), (1, 24), (5, 24), (2, 16, 24), (33, 24), (0, 24)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(linear(x), x @ linear.weight.T)
+    layer = make_layer(micro_config)
+    x_BTD = torch.randn(1, 40, 32)
+    together = layer(x_BTD)[0]
+    for t in range(40):
+        torch.testing.assert_close(layer(x_BTD[:, t : t + 1])[0], together[:, t : t + 1], rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_weights_answer_in_both_ways(micro_config):
