@@ -17,7 +17,7 @@ from torch import nn
 import cli
 from cli import InputError
 from compass import Compass, CompassConfig
-from kernels import dequantize_int4, fp8_grouped_matmul, fp8_matmul, int4_grouped_matmul, int4_matmul, quantise_rows, unpack_int4
+from kernels import count_assignments, dequantize_int4, fp8_grouped_matmul, int4_grouped_matmul, quantise_rows, unpack_int4
 from moe import MoE
 
 UNPACK = 64  # above so many rows of one matrix, dequantising it is cheaper than torch's int4 product on a CPU
@@ -73,7 +73,7 @@ def bf16_product(x_RD, weight_FD):
 
 
 class LowBitLinear(nn.Module):
-    """E quantized matrices. forward: x (R, D) sorted by expert with counts_E -> (R, F); without counts `one` of the only matrix.
+    """E quantized matrices. forward: x (R, D) sorted by expert with counts_E -> (R, F); without counts, where E is 1, any (N, ..., D).
 
     input_scale (E, D) bf16 multiplies each expert's rows first; None scales nothing.
     """
@@ -84,19 +84,13 @@ class LowBitLinear(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x, counts_E=None):
-        if counts_E is None:
-            return self.one(x)
-        scale, rows = self.input_scale, x.contiguous()
+        rows, scale = x.reshape(-1, x.shape[-1]).contiguous(), self.input_scale
+        if counts_E is None:  # all rows are the one matrix's
+            counts_E = torch.full((1,), len(rows), device=x.device)
         if scale is not None:
-            rows = rows * scale.repeat_interleave(counts_E, 0, output_size=len(rows)).to(x.dtype)
-        return self.multiply(rows, counts_E).to(x.dtype)
-
-    def one(self, x, e=0):
-        """x (N, ..., D) times matrix e -> (N, ..., F)."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if self.input_scale is not None:
-            rows = rows * self.input_scale[e].to(x.dtype)
-        return self.multiply_one(rows, e).to(x.dtype).unflatten(0, x.shape[:-1])
+            scale = scale.repeat_interleave(counts_E, 0, output_size=len(rows)) if len(scale) > 1 else scale
+            rows = rows * scale.to(x.dtype)
+        return self.multiply(rows, counts_E).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Int4Linear(LowBitLinear):
@@ -123,11 +117,6 @@ class Int4Linear(LowBitLinear):
                 for q, s, o in zip(self.qweight, self.scales, offsets, strict=True)
             ]
 
-    def multiply_one(self, x_ND, e):
-        if self.packed is None:
-            return int4_matmul(x_ND, self.qweight[e], self.scales[e], self.zeros[e])
-        return self._multiply_packed(x_ND.bfloat16(), e)
-
     def _multiply_packed(self, x_ND, e):
         if len(x_ND) > UNPACK:
             return bf16_product(x_ND, dequantize_int4(self.qweight[e], self.scales[e], self.zeros[e]))
@@ -136,7 +125,10 @@ class Int4Linear(LowBitLinear):
     def multiply(self, rows, counts_E):
         if self.packed is None:
             return int4_grouped_matmul(rows, self.qweight, self.scales, self.zeros, counts_E)
-        parts = enumerate(rows.bfloat16().split(counts_E.tolist()))
+        rows = rows.bfloat16()
+        if len(self.packed) == 1:
+            return self._multiply_packed(rows, 0)
+        parts = enumerate(rows.split(counts_E.tolist()))
         return torch.cat([self._multiply_packed(x_ND, e) for e, x_ND in parts if len(x_ND)])
 
 
@@ -152,12 +144,6 @@ class FP8Linear(LowBitLinear):
 
     def pack(self):
         self.weight_fp8 = self.weight_fp8.bfloat16()
-
-    def multiply_one(self, x_ND, e):
-        if self.weight_fp8.dtype == torch.float8_e4m3fn:
-            return fp8_matmul(x_ND, self.weight_fp8[e], self.weight_scale[e])
-        x_fp8_ND, scale_N = quantise_rows(x_ND)
-        return bf16_product(x_fp8_ND.bfloat16(), self.weight_fp8[e]) * self.weight_scale[e] * scale_N.unsqueeze(-1)
 
     def multiply(self, rows, counts_E):
         if self.weight_fp8.dtype == torch.float8_e4m3fn:
@@ -182,11 +168,10 @@ class QuantizedMoE(MoE):
         gate_RF, up_RF = self.gate_up(x_RD, counts_E).chunk(2, dim=-1)
         return self.down(F.silu(gate_RF) * up_RF, counts_E)
 
-    def into_expert(self, x_1D, e):
-        return self.gate_up.one(x_1D, e)
-
-    def out_of_expert(self, h_1F, e):
-        return self.down.one(h_1F, e)
+    def one_token(self, x_1D, weights_1K, index_1K):
+        index_1K, order_1K = index_1K.sort()
+        y_KD = self.experts(x_1D.repeat(self.top_k, 1), count_assignments(index_1K, self.n_experts))
+        return weights_1K.gather(1, order_1K) @ y_KD
 
 
 def matrices(config):

@@ -123,18 +123,12 @@ class MoE(nn.Module):
         h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)
         return (h_ENF.to(self.down_EFD.dtype) @ self.down_EFD).sum(0).to(x_ND.dtype)
 
-    def into_expert(self, x_1D, e):
-        return times_matrix(x_1D, self.gate_up_ED2F[e])
-
-    def out_of_expert(self, h_1F, e):
-        return times_matrix(h_1F, self.down_EFD[e])
-
     def one_token(self, x_1D, weights_1K, index_1K):
         """What permute, `experts` and unpermute give for a single token, without sorting."""
         chosen = index_1K[0].tolist()
-        gate_KF, up_KF = torch.cat([self.into_expert(x_1D, e) for e in chosen]).chunk(2, dim=-1)
+        gate_KF, up_KF = torch.cat([times_matrix(x_1D, self.gate_up_ED2F[e]) for e in chosen]).chunk(2, dim=-1)
         h_KF = F.silu(gate_KF) * up_KF * weights_1K.T.to(up_KF.dtype)
-        return sum(self.out_of_expert(h_1F, e) for h_1F, e in zip(h_KF.split(1), chosen, strict=True))
+        return sum(times_matrix(h_1F, self.down_EFD[e]) for h_1F, e in zip(h_KF.split(1), chosen, strict=True))
 
     def all_are_read(self, N):
         """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough

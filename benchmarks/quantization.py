@@ -45,6 +45,7 @@ from evaluate import accuracy, answer_tasks, bits_per_byte
 from generate import GREEDY, generate
 from kernels import dequantize_int4
 from lowbit import FP8Linear, Int4Linear, LowBitLinear, load_quantized, matrices, pack, quantize_int4, with_quantized
+from moe import Linear
 from quantize import GROUP, POOL, calibration_pool, oversample, quantize_model
 from report import save, table
 from sft import chat_of
@@ -184,21 +185,19 @@ def base():
 
 
 def large_models():
-    """{arm: random model}: FP32; int4 and FP8 numbers drawn directly, packed, with the input scales that a search leaves."""
+    """{arm: random model}: FP32; int4 and FP8 numbers drawn directly, AWQ's and FP8's with the input scales that a search leaves."""
     torch.manual_seed(0)
     models = {"FP32": Compass(LARGE).eval()}
-    sizes, weights = matrices(LARGE), {"int4 (AWQ, RTN)": {}, "FP8": {}}
+    sizes, weights = matrices(LARGE), {"RTN int4": {}, "AWQ int4": {}, "FP8": {}}
     for name, (E, F, D) in sizes.items():
         c, scale = None if name.endswith("down") else torch.ones(E, D, dtype=torch.bfloat16), D**-0.5 / 4.6
         stored = torch.randint(256, (E, F, D // 2), dtype=torch.uint8), torch.full((E, F, D // GROUP), scale, dtype=torch.bfloat16)
-        weights["int4 (AWQ, RTN)"][name] = Int4Linear(*stored, torch.full((E, F, D // GROUP), 8, dtype=torch.uint8), c)
+        stored = *stored, torch.full((E, F, D // GROUP), 8, dtype=torch.uint8)
+        weights["RTN int4"][name], weights["AWQ int4"][name] = Int4Linear(*stored), Int4Linear(*stored, c)
         weights["FP8"][name] = FP8Linear(torch.randn(E, F, D).to(torch.float8_e4m3fn), torch.full((E, F), D**-0.5), c)
     kept = {name: p for name, p in models["FP32"].named_parameters() if not name.startswith(tuple(sizes))}
     kept = {name: p.detach() for name, p in kept.items() if not name.endswith(("ED2F", "EFD"))}
-    for name, modules in weights.items():
-        models[name] = with_quantized(LARGE, modules, kept)
-        pack(models[name])
-    return models
+    return models | {name: with_quantized(LARGE, modules, kept) for name, modules in weights.items()}
 
 
 def read_for_a_token(model):
@@ -223,6 +222,8 @@ def products():
     stored, (packed, scales_and_offsets) = (layer.qweight[0], layer.scales[0], layer.zeros[0]), layer.packed[0]
     half_FD, step_F1 = weight_FD.bfloat16(), weight_FD.abs().amax(1, keepdim=True) / 127
     eight_FD, step_F = (weight_FD / step_F1).round().to(torch.int8), step_F1.squeeze(1).bfloat16()
+    linear = Linear(*reversed(PRODUCT))
+    linear.weight.data = weight_FD
     compiled = torch.compile(lambda x_ND: x_ND @ dequantize_int4(*stored).T, dynamic=False)
     results = defaultdict(dict)
     for rows in PRODUCT_ROWS:
@@ -230,6 +231,7 @@ def products():
         half_ND = x_ND.bfloat16()
         arms = {
             "fp32": lambda x=x_ND: x @ weight_FD.T,
+            "fp32, divided among the threads": lambda x=x_ND: linear(x),
             "bf16": lambda x=half_ND: x @ half_FD.T,
             "bf16 to fp32, then the product": lambda x=x_ND: x @ half_FD.float().T,
             "torch's int8": lambda x=half_ND: torch._weight_int8pack_mm(x, eight_FD, step_F),
@@ -246,12 +248,14 @@ def products():
 
 
 def speed():
-    """Greedy decoding: {"memory", "read": {arm: bytes, held and read for a token}, "limit": bytes/s of a sum over 1.2 GB,
+    """Greedy decoding: {"disk", "memory", "read": {arm: bytes of its file, held, read for a token}, "limit": bytes/s of a sum of 1.2 GB,
     "tokens/s": {arm: {batch: rate}}, "products"}, rates by the steps between the least time for one token and the least for NEW more, each
     of ROUNDS, after a round that does not count."""
     tokenizer, models = Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500)), large_models()
+    disk = {name: on_disk(model, torch.float32) for name, model in models.items()}
     with torch.no_grad():  # no answer stops early: the stop tokens' logits are 0, never the largest
         for model in models.values():
+            pack(model)
             model.head.weight[list(tokenizer.special.values())] = 0
     rates = {name: {} for name in models}
     for batch in BATCHES:
@@ -270,7 +274,8 @@ def speed():
     large = torch.randn(300_000_000)
     limit = large.nbytes / medians({"sum": large.sum}, 10)["sum"]
     memory, read = ({name: size_of(model) for name, model in models.items()} for size_of in (held, read_for_a_token))
-    return {"threads": torch.get_num_threads(), "memory": memory, "read": read, "limit": limit, "tokens/s": rates, "products": products()}
+    sizes = {"disk": disk, "memory": memory, "read": read}
+    return {"threads": torch.get_num_threads(), **sizes, "limit": limit, "tokens/s": rates, "products": products()}
 
 
 @torch.no_grad()
@@ -360,8 +365,9 @@ def tables(results):
         for name, by_batch in rates.items():
             cells = (f"{rate:.1f} ({rate / rates['FP32'][batch]:.2f} ×)" for batch, rate in by_batch.items())
             weights = measured["read"][name] * by_batch[str(BATCHES[0])]
-            rows.append([name, f"{measured['memory'][name] / 1e6:.0f}", *cells, f"{weights / 1e9:.1f} ({100 * weights / limit:.0f} %)"])
-        header = ["tokens/s", "memory, MB", *(f"batch {batch}" for batch in rates["FP32"])]
+            sizes = (f"{measured[kind][name] / 1e6:.0f}" for kind in ("disk", "memory"))
+            rows.append([name, *sizes, *cells, f"{weights / 1e9:.1f} ({100 * weights / limit:.0f} %)"])
+        header = ["tokens/s", "MB on disk", "in memory", *(f"batch {batch}" for batch in rates["FP32"])]
         made["speed"] = table(rows, [*header, f"weights read at batch 1, GB/s (of {limit / 1e9:.1f})"])
         rows = [[name, *(f"{micro:.0f}" for micro in by_rows.values())] for name, by_rows in products.items()]
         made["products"] = table(rows, ["microseconds, rows", *products["fp32"]])
