@@ -18,6 +18,7 @@ import cli
 from kernels import count_assignments, permute, unpermute
 
 FEW = 32  # up to so many rows, a matrix product takes about as long as reading the matrix
+SMALL = 1 << 20  # so many weights are read in less time than sorting takes
 
 
 def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
@@ -35,34 +36,6 @@ def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
 def router_z_loss(logits_NE):
     """L_z = mean_n (logsumexp_i z_ni)^2 (v2 §2.2), a scalar."""
     return logits_NE.logsumexp(-1).square().sum() / max(1, len(logits_NE))
-
-
-def few_on_cpu(x):
-    """Whether x is a plain tensor of so few rows, outside training, that a CPU's BLAS would leave their product to one thread."""
-    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
-
-
-class Linear(nn.Linear):
-    """nn.Linear without bias, whose outputs are divided among the threads where rows are few."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x):
-        P = torch.get_num_threads()
-        if P == 1 or self.out_features % P or not few_on_cpu(x):
-            return super().forward(x)
-        x_DN = x.reshape(-1, self.in_features).T
-        y_PFN = torch.bmm(self.weight.view(P, -1, self.in_features), x_DN.expand(P, -1, -1))
-        return y_PFN.flatten(0, 1).T.reshape(*x.shape[:-1], self.out_features)
-
-
-def times_matrix(x_1D, weight_DF):
-    """x @ weight, divided likewise."""
-    P = torch.get_num_threads()
-    if P == 1 or weight_DF.shape[1] % P:
-        return x_1D @ weight_DF
-    return torch.bmm(x_1D.expand(P, -1, -1), weight_DF.unflatten(1, (P, -1)).transpose(0, 1)).view(1, -1)
 
 
 class SwiGLU(nn.Module):
@@ -131,9 +104,10 @@ class MoE(nn.Module):
         return sum(times_matrix(h_1F, self.down_EFD[e]) for h_1F, e in zip(h_KF.split(1), chosen, strict=True))
 
     def all_are_read(self, N):
-        """Whether `every_expert` pays: it reads all weights, so the N tokens should choose about all experts anyway, and be few enough
-        that a product takes no longer than reading its weights. Not in training."""
-        return self.whole and N <= FEW and N * self.top_k >= self.n_experts and not torch.is_grad_enabled()
+        """Whether `every_expert` pays: it reads all weights, so these should be few or the N tokens choose about all experts anyway, and
+        tokens so few that a product takes no longer than reading its weights. Not in training."""
+        cheap = N * self.top_k >= self.n_experts or self.gate_up_ED2F.numel() + self.down_EFD.numel() <= SMALL
+        return cheap and self.whole and N <= FEW and not torch.is_grad_enabled()
 
     def forward(self, x_BTD):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -163,6 +137,38 @@ def grouped_swiglu(x_RD, counts_E, gate_up_ED2F, down_EFD):
     ends_E = counts_E.cumsum(0).to(torch.int32)
     gate_RF, up_RF = grouped_matmul(x_RD, gate_up_ED2F, ends_E).chunk(2, dim=-1)
     return grouped_matmul(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
+
+
+# A CPU's BLAS may leave a product of few rows to one thread, half the rate at which memory could bring the matrix. As a batch of
+# products, each for a part of the outputs, it is shared among all of them.
+
+
+def few_on_cpu(x):
+    """Whether x is a plain tensor of so few rows, outside training, on a CPU."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW * x.shape[-1]
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, whose outputs are divided among the threads where rows are few."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        P = torch.get_num_threads()
+        if P == 1 or self.out_features % P or not few_on_cpu(x):
+            return super().forward(x)
+        x_DN = x.reshape(-1, self.in_features).T
+        y_PFN = torch.bmm(self.weight.view(P, -1, self.in_features), x_DN.expand(P, -1, -1))
+        return y_PFN.flatten(0, 1).T.reshape(*x.shape[:-1], self.out_features)
+
+
+def times_matrix(x_1D, weight_DF):
+    """x @ weight, divided likewise."""
+    P = torch.get_num_threads()
+    if P == 1 or weight_DF.shape[1] % P:
+        return x_1D @ weight_DF
+    return torch.bmm(x_1D.expand(P, -1, -1), weight_DF.unflatten(1, (P, -1)).transpose(0, 1)).view(1, -1)
 
 
 def main():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import Qwen2MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+import moe
 from compass import init_weights
 from moe import Linear, MoE, load_balancing_loss, router_z_loss
 
@@ -135,7 +136,7 @@ def test_router_stays_in_fp32_under_autocast(micro_config):
     torch.testing.assert_close(logits, x[0] @ layer.router.weight.T, rtol=1e-5, atol=1e-5)
 
 
-def test_asking_every_expert_equals_sorting(micro_config):
+def test_asking_every_expert_equals_sorting(micro_config, monkeypatch):
     """The path of small batches without gradient, and when it is taken."""
     layer = make_layer(micro_config)
     for tokens in (1, 2, 5, 32, 33):
@@ -146,7 +147,10 @@ def test_asking_every_expert_equals_sorting(micro_config):
             logits_NE, weights_NK, index_NK = layer.route(x[0])
             routed = layer.every_expert(x[0], weights_NK, index_NK) + layer.shared(x[0])
             torch.testing.assert_close(routed, expected[0], rtol=1e-5, atol=1e-6)
+            assert layer.all_are_read(tokens) == (tokens <= 32)
+            monkeypatch.setattr(moe, "SMALL", 0)
             assert layer.all_are_read(tokens) == (2 <= tokens <= 32)
+            monkeypatch.undo()
         assert not layer.all_are_read(tokens)  # never in training
 
 
@@ -159,6 +163,7 @@ def test_products_divided_among_threads(threads, micro_config, monkeypatch):
     for shape in ((24,), (1, 24), (5, 24), (2, 16, 24), (33, 24), (0, 24)):
         x = torch.randn(shape)
         torch.testing.assert_close(linear(x), x @ linear.weight.T)
+    monkeypatch.setattr(moe, "SMALL", 0)
     layer = make_layer(micro_config)
     x_BTD = torch.randn(1, 40, 32)
     together = layer(x_BTD)[0]
