@@ -171,7 +171,7 @@ class QuantizedMoE(MoE):
     def one_token(self, x_1D, weights_1K, index_1K):
         index_1K, order_1K = index_1K.sort()
         y_KD = self.experts(x_1D.repeat(self.top_k, 1), count_assignments(index_1K, self.n_experts))
-        return weights_1K.gather(1, order_1K) @ y_KD
+        return weights_1K.gather(1, order_1K).to(y_KD.dtype) @ y_KD
 
 
 def matrices(config):
