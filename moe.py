@@ -18,7 +18,7 @@ import cli
 from kernels import count_assignments, permute, unpermute
 
 FEW = 32  # up to so many rows, a matrix product takes about as long as reading the matrix
-SMALL = 1 << 20  # so many weights are read in less time than sorting takes
+SMALL = 1 << 19  # up to so many weights, reading them all takes less time than the calls that would save it
 
 
 def load_balancing_loss(probs_NE, expert_index_NK, num_experts, counts_E=None):
@@ -149,18 +149,18 @@ def few_on_cpu(x):
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, whose outputs are divided among the threads where rows are few."""
+    """nn.Linear without bias; the outputs of a large one are divided among the threads where rows are few."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x):
         P = torch.get_num_threads()
-        if P == 1 or self.out_features % P or not few_on_cpu(x):
+        if P == 1 or self.out_features % P or self.weight.numel() <= SMALL or not few_on_cpu(x):
             return super().forward(x)
-        x_DN = x.reshape(-1, self.in_features).T
+        x_DN = x.reshape(-1, x.shape[-1]).T
         y_PFN = torch.bmm(self.weight.view(P, -1, self.in_features), x_DN.expand(P, -1, -1))
-        return y_PFN.flatten(0, 1).T.reshape(*x.shape[:-1], self.out_features)
+        return y_PFN.flatten(0, 1).T.contiguous().view(*x.shape[:-1], self.out_features)
 
 
 def times_matrix(x_1D, weight_DF):

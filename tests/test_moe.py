@@ -159,11 +159,12 @@ def test_asking_every_expert_equals_sorting(micro_config, monkeypatch):
 def test_products_divided_among_threads(threads, micro_config, monkeypatch):
     """Few rows on a CPU: the parts of a product give the whole, and a token alone what it gets among others."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(moe, "SMALL", 0)
     linear = Linear(24, 40)  # 3 does not divide 40
     for shape in ((24,), (1, 24), (5, 24), (2, 16, 24), (33, 24), (0, 24)):
         x = torch.randn(shape)
         torch.testing.assert_close(linear(x), x @ linear.weight.T)
-    monkeypatch.setattr(moe, "SMALL", 0)
+        assert linear(x).is_contiguous()
     layer = make_layer(micro_config)
     x_BTD = torch.randn(1, 40, 32)
     together = layer(x_BTD)[0]
