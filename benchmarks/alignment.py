@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import random
+from collections import Counter
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,16 +38,34 @@ def chats(test, answers):
     return [[*task["messages"], {"role": "assistant", "content": answer}] for task, answer in zip(test, answers, strict=True)]
 
 
+def majority_of_n(answers_PN, correct_PN):
+    """{n: accuracy of the commonest of n answers, of equally common ones the first}, over SAMPLES / n groups of a task's answers."""
+    found, n = {}, 1
+    while n <= SAMPLES:
+        chosen = []
+        for answers, correct in zip(answers_PN, correct_PN.tolist(), strict=True):
+            for start in range(0, SAMPLES - SAMPLES % n, n):
+                commonest = Counter(answers[start : start + n]).most_common(1)[0][0]
+                chosen.append(correct[answers.index(commonest, start)])
+        found[n] = sum(chosen) / len(chosen)
+        n *= 2
+    return found
+
+
 def best_of_samples(run, model, tokenizer, test):
     """{reward model: {"pairs": accuracy on held-out pairs, "best of n": {n: accuracy}, "error": {n: standard error, over the tasks, of the
-    difference from n = 1}}} for the members and their average; and pass@n."""
+    difference from n = 1}}} for the members and their average; and, {n: accuracy}, pass@n and the majority's answer."""
     _, completions = sample_answers(model, tokenizer, test, SAMPLES, seed=1)
     answers = [split_thought(completion.text)[1] for completion in completions]
     repeated = [task for task in test for _ in range(SAMPLES)]
     right = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(repeated, answers, strict=True)]
     correct_PN = torch.tensor(right).view(len(test), SAMPLES)
     held = Pairs(*encode_pairs(preferences("test", 0, 60), tokenizer), model.config.max_seq_len, 0)
-    found = {"pass@n": best_of_n(correct_PN.double(), correct_PN)}  # an oracle's rewards
+    by_task = [answers[i : i + SAMPLES] for i in range(0, len(answers), SAMPLES)]
+    found = {
+        "pass@n": best_of_n(correct_PN.double(), correct_PN),  # an oracle's rewards
+        "majority": majority_of_n(by_task, correct_PN),
+    }
     for name in ("reward", *(f"reward/{member}" for member in range(1, len(MEMBERS) + 1))):
         judge = load_reward_model(run, torch.device("cpu"), name)[0]
         rewards_PN = torch.tensor(rewards(judge, tokenizer, chats(repeated, answers))).view(len(test), SAMPLES)
@@ -111,22 +130,24 @@ def rounds(name, model, reward_model, tokenizer, test, judge):
 def plot(results, path):
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, result in results["best of n"].items():
-        curve = result if name == "pass@n" else result["best of n"]
-        style = {"pass@n": "k:", "reward": "tab:red"}.get(name, "0.6")
-        label = {"pass@n": "pass@n", "reward": "average of the members", "reward/1": "members"}.get(name)
+        curve = result.get("best of n", result)
+        style = {"pass@n": "k:", "majority": "tab:blue", "reward": "tab:red"}.get(name, "0.6")
+        names = {"pass@n": "pass@n", "majority": "the commonest answer", "reward": "average of the members", "reward/1": "members"}
         numbers = [int(n) for n in curve]
-        axis.plot(numbers, [100 * value for value in curve.values()], style, label=label)
+        axis.plot(numbers, [100 * value for value in curve.values()], style, label=names.get(name))
     axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the chosen answer, %", xticks=numbers, xticklabels=numbers)
     axis.minorticks_off()
-    axis.legend(loc="center right")
+    axis.legend(loc="lower left")
     save(figure, path)
 
 
 def tables(results):
     found = results["best of n"]
-    best = [["an oracle: pass@n", "", *(f"{100 * value:.1f}" for value in found["pass@n"].values())]]
+    best = []
+    for row, name in (("an oracle: pass@n", "pass@n"), ("the commonest answer", "majority")):
+        best.append([row, "", *(f"{100 * value:.1f}" for value in found[name].values())])
     for name, judge in found.items():
-        if name != "pass@n":
+        if "pairs" in judge:
             curve = (f"{100 * value:.1f}" for value in judge["best of n"].values())
             label = "average" if name == "reward" else name.replace("reward/", "member ")
             best.append([label, f"{100 * judge['pairs']:.1f}", *curve])
