@@ -129,12 +129,12 @@ def rounds(name, model, reward_model, tokenizer, test, judge):
 
 def plot(results, path):
     figure, axis = plt.subplots(figsize=(6, 3.6))
+    labels = {"pass@n": "pass@n", "majority": "the commonest answer", "reward": "average of the members", "reward/1": "members"}
     for name, result in results["best of n"].items():
         curve = result.get("best of n", result)
         style = {"pass@n": "k:", "majority": "tab:blue", "reward": "tab:red"}.get(name, "0.6")
-        names = {"pass@n": "pass@n", "majority": "the commonest answer", "reward": "average of the members", "reward/1": "members"}
         numbers = [int(n) for n in curve]
-        axis.plot(numbers, [100 * value for value in curve.values()], style, label=names.get(name))
+        axis.plot(numbers, [100 * value for value in curve.values()], style, label=labels.get(name))
     axis.set(xscale="log", xlabel="answers sampled, n", ylabel="accuracy of the chosen answer, %", xticks=numbers, xticklabels=numbers)
     axis.minorticks_off()
     axis.legend(loc="lower left")
