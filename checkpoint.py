@@ -22,7 +22,7 @@ import warnings
 import torch
 
 import cli
-from cli import InputError
+from cli import InputError, write_atomically
 from compass import Compass, CompassConfig
 
 # in training order; the command that makes each stage
@@ -34,26 +34,8 @@ STAGES = {
     "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
 KEEP = 2  # checkpoints per stage; the older one serves when the newer is torn
-MANIFEST, MOMENTS = "manifest.json", ("exp_avg", "exp_avg_sq")  # of a checkpoint that is a folder of shards
+MANIFEST, ADAM = "manifest.json", ("step", "exp_avg", "exp_avg_sq")  # of a checkpoint that is a folder of shards
 LOGGED, LAST = 100, 50  # an exported log keeps one step in so many, and of each stage the last, whose mean loss is reported
-
-
-def write_atomically(path, content):
-    """Write bytes so that `path` is always either the old file or the whole new one."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = path + ".tmp"
-    if os.path.isdir(temporary):  # what a killed save by many ranks left
-        discard(temporary)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise InputError(f"{path}: could not be written ({error.strerror}); the earlier checkpoints are intact") from None
 
 
 def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="", base="", tokenizer_hash="", seed=0, data=None):
@@ -63,7 +45,7 @@ def save_checkpoint(path, model, *, optimizer=None, step=0, planned=0, stage="",
     torch.save(
         {
             "model": model.state_dict(), "config": dataclasses.asdict(model.config),
-            "optimizer": optimizer.state_dict() if optimizer else None,
+            "optimizer": {name: optimizer.state[p] for name, p in model.named_parameters()} if optimizer else None,
             "step": step, "planned": planned, "stage": stage, "base": base, "tokenizer_hash": tokenizer_hash, "seed": seed,
             "data": data,
         },
@@ -99,7 +81,7 @@ def payload(path):
 
 
 def read_manifest(path):
-    """The manifest of a folder of shards, all but the tensors: config, step, stage, seed, optimizer's settings, checksums of the files."""
+    """The manifest of a folder of shards, all but the tensors: config, step, stage, seed, checksums of the files."""
     try:
         with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
             return json.load(file)
@@ -149,16 +131,8 @@ def load_shards(path, device):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
         dcp.load(tensors, checkpoint_id=path, no_dist=True)
     tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
-    names = state["names"]
-    model = {name: tensors[f"model.{name}"] for name in names}
-    matrices, vectors = ([name for name in names if (model[name].dim() >= 2) == decayed] for decayed in (True, False))
-    moments = {
-        i: {"step": torch.tensor(state["optimizer_steps"][name]), **{kind: tensors[f"{kind}.{name}"] for kind in MOMENTS}}
-        for i, name in enumerate(matrices + vectors)
-    }
-    places = list(range(len(matrices))), list(range(len(matrices), len(names)))
-    groups = [{**settings, "params": params} for settings, params in zip(state["settings"], places, strict=True)]
-    return {**state, "model": model, "optimizer": {"state": moments, "param_groups": groups}}
+    model = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    return {**state, "model": model, "optimizer": {name: {kind: tensors[f"{kind}.{name}"] for kind in ADAM} for name in model}}
 
 
 def checksum(path):

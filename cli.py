@@ -1,4 +1,4 @@
-"""The one vocabulary of command-line flags, and the one way in which bad input ends a script.
+"""The one vocabulary of command-line flags, the one way in which bad input ends a script, and the one way to replace a file.
 
 Every script asks `parse` for the flags it understands, so `--run` means the same folder and
 `--seed` the same thing everywhere. Scripts end with `run(main)`: input that a user can mend
@@ -8,6 +8,7 @@ anything else is our bug and keeps its traceback.
 
 import argparse
 import os
+import shutil
 import sys
 from concurrent.futures import BrokenExecutor
 
@@ -58,11 +59,31 @@ def pick_device(name):
     return torch.device(name)
 
 
+def write_atomically(path, content):
+    """Write bytes so that `path` is always either the old file or the whole new one."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = path + ".tmp"
+    if os.path.isdir(temporary):  # what a killed save by many ranks left
+        shutil.rmtree(temporary)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise InputError(f"{path}: could not be written ({error.strerror}); what was there before is intact") from None
+
+
 def run(main):
     """Call `main()`; end with exit code 2 and one line on stderr when the user can mend the cause."""
     script = os.path.basename(sys.argv[0])
     try:
         main()
+        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():  # torchrun started this process
+            dist.destroy_process_group()
     except (InputError, OSError, BrokenExecutor) as error:  # the last: a worker process was killed, perhaps for want of memory
         if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's ranks with the same input one complains
             print(f"{script}: error: {error}", file=sys.stderr)

@@ -135,38 +135,25 @@ def attend_by_document(q_BHTC, k_BGTC, v_BGTC, lengths):
 
 
 class OneRank:
-    """What the model and the training loop ask of the other ranks, answered for a single process; parallel.Ranks answers for many."""
+    """What the model and the training loop ask of the other ranks, answered for a single process; parallel.Ranks answers for many.
 
-    count = 1  # parts that a batch's rows are cut into
-    several = False
-    writes = True  # this rank writes log and bar
+    count: parts that a batch's rows are cut into; writes: this rank writes log and bar. sum: over the ranks that share a batch, without
+    gradient. part: this rank's of a sequence (context parallelism); whole: the sequence of all parts, without gradient. take: this
+    rank's rows of a batch. agree: whether a flag is set on any rank. mask: what lets a part of the sequence see all that comes before
+    it in its document; None is plain causal. clip: cuts the gradients' common norm and returns it.
+    """
 
-    def sum(self, x):
-        """x summed over the ranks that share a batch, without gradient."""
+    count, several, writes = 1, False, True
+
+    def own(self, x):
         return x
 
-    def part(self, x_BT):
-        """This rank's part of a sequence (context parallelism)."""
-        return x_BT
-
-    def whole(self, x_BT):
-        """The whole sequence from every rank's part, without gradient."""
-        return x_BT
+    sum = part = whole = take = agree = own
 
     def mask(self, doc_ids_BT):
-        """What lets a part of the sequence see all that comes before it in its document; None is plain causal."""
         return None if doc_ids_BT is None else document_mask(doc_ids_BT)
 
-    def take(self, batch):
-        """This rank's rows of a batch."""
-        return batch
-
-    def agree(self, flag):
-        """Whether the flag is set on any rank."""
-        return flag
-
     def clip(self, parameters, limit):
-        """Clip the gradients' common norm and return it."""
         return nn.utils.clip_grad_norm_(parameters, limit)
 
 
@@ -203,10 +190,7 @@ class Attention(nn.Module):
         qk, v = self.qkv(x_BTD).view(B, T, self.H + 2 * self.G, self.C).split((self.H + self.G, self.G), dim=2)
         q_BHTC, k_BGTC = apply_rope(qk, *rope).transpose(1, 2).split((self.H, self.G), dim=1)
         v_BGTC = v.transpose(1, 2)
-        if cache is not None:
-            y_BHTC = cache.attend(layer, q_BHTC, k_BGTC, v_BGTC)
-        else:
-            y_BHTC = self.attend(q_BHTC, k_BGTC, v_BGTC, mask)
+        y_BHTC = self.attend(q_BHTC, k_BGTC, v_BGTC, mask) if cache is None else cache.attend(layer, q_BHTC, k_BGTC, v_BGTC)
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, self.H * self.C))
 
 

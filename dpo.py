@@ -232,8 +232,6 @@ def tune(stage, objective, args, off_policy=False):
         pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed, ranks)
         add_reference(pairs, model)
         fit_stage(model, pairs.batch, objective, for_width(schedule, model.config), stage, args, tokenizer, alarm)
-    if ranks is not None:
-        torch.distributed.destroy_process_group()
 
 
 def main():

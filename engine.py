@@ -29,7 +29,6 @@ import cli
 from kvcache import KVCache
 
 PREFILL_TOKENS = 8192  # tokens prefilled at once, padding included, unless one prompt alone is longer: bounds the activations
-DRAWN_AT_ONCE = 256  # random numbers a request draws at once
 
 
 @dataclass
@@ -113,17 +112,12 @@ class Request:
     error: str | None = None
     next: list = field(default_factory=list)  # the token the next step runs, and the drafts after it; -1 is no draft
     prefix: KVCache | None = None  # where its prompt is, if not in its own row
+    uniforms: list | None = None  # a random number for each place: a function of seed, prompt and sample
 
     def __post_init__(self):
         key = f"{self.sampling.seed}-{zlib.crc32(str(list(self.prompt)).encode())}-{self.sample}".encode()
-        self.generator, self.uniforms = torch.Generator().manual_seed(zlib.crc32(key)), []
+        self.generator = torch.Generator().manual_seed(zlib.crc32(key))
         self.decoder, self.decoded, self.shown = codecs.getincrementaldecoder("utf-8")("replace"), 0, 0
-
-    def uniform(self):
-        """The random number of the token that comes next: a function of seed, prompt, sample and place."""
-        while len(self.uniforms) <= len(self.ids):
-            self.uniforms += torch.rand(DRAWN_AT_ONCE, generator=self.generator, dtype=torch.float64).tolist()
-        return self.uniforms[len(self.ids)]
 
     def read(self, tokenizer, final=False):
         """Bring `text` up to the last token; a stop string in it ends the request. Only whole characters, unless this is the end."""
@@ -189,7 +183,6 @@ class Engine:
             return f"{name} holds a token id outside the vocabulary 0..{self.tokenizer.n_vocab - 1}"
         if not all(isinstance(stop, str) and stop for stop in request.stops):
             return f"{name} has an empty stop string"
-        return None
 
     def cancel(self, request):
         """End a request where it stands; what it has said stays in it."""
@@ -207,7 +200,7 @@ class Engine:
                 self.cache.k[:, row], self.cache.v[:, row] = 0.0, 0.0
         else:  # cancelled while it waited
             self.waiting.remove(request)
-        request.prefix = None
+        request.prefix = request.uniforms = None
         self.users[request.prompt] -= 1
         if not self.users[request.prompt]:
             del self.users[request.prompt]
@@ -253,56 +246,49 @@ class Engine:
         if len(free) >= min(len(self.waiting), len(self.seen_RV) // 8):
             while self.waiting and free:
                 row, request = free.pop(0), self.waiting.popleft()
+                request.uniforms = torch.rand(request.room, generator=request.generator, dtype=torch.float64).tolist()
                 self.live[row : row + 1] = [request]
                 entering.append((row, request))
-        if not self.waiting:
-            self._close_gaps()
+        while not self.waiting and None in self.live:
+            moved = self.live.pop()
+            last = len(self.live)
+            if moved:
+                row = self.live.index(None)
+                self.live[row] = moved
+                self.cache.write(row, self.cache, last, len(moved.prompt) + len(moved.ids))
+                self.cache.first_B[row], self.seen_RV[row] = self.cache.first_B[last], self.seen_RV[last]
         if entering:
             self._prefill(entering)
 
-    def _close_gaps(self):
-        for row in range(len(self.live)):
-            while self.live and self.live[-1] is None:
-                self.live.pop()
-            if row < len(self.live) and self.live[row] is None:
-                moved = self.live[row] = self.live.pop()
-                last = len(self.live)
-                self.cache.write(row, self.cache, last, len(moved.prompt) + len(moved.ids))
-                self.cache.first_B[row], self.seen_RV[row] = self.cache.first_B[last], self.seen_RV[last]
-
     def _prefill(self, entering):
         """Fill the slots of all prompt tokens but the last, each prompt once for all requests that enter or wait."""
-        rows = {}
-        for row, request in entering:
-            self.seen_RV[row] = False
-            self.seen_RV[row, list(request.prompt)] = True
-            if len(request.prompt) > 1 and request.prompt not in self.prefixes:
-                rows.setdefault(request.prompt, []).append(row)
-        fresh = sorted(rows, key=len)
+        prompts = dict.fromkeys(request.prompt for _, request in entering if len(request.prompt) > 1)
+        fresh = sorted((prompt for prompt in prompts if prompt not in self.prefixes), key=len)
         while fresh:
             together = [fresh.pop()]  # the longest, and as many of the next as fit and are not mostly padding
             width = len(together[0]) - 1
             while fresh and (len(together) + 1) * width <= PREFILL_TOKENS and 2 * len(fresh[-1]) > width:
                 together.append(fresh.pop())
-            filled = self._prefill_batch(together, width)
-            for filled_row, prompt in enumerate(together):
-                if self.users[prompt] > 1 and len(self.prefixes) < len(self.seen_RV):
-                    self.prefixes[prompt] = filled.prefix(filled_row, len(prompt) - 1)
-                else:
-                    for row in rows[prompt]:
-                        self.cache.write(row, filled, filled_row, len(prompt) - 1)
+            self._prefill_batch(together, width, entering)
         for row, request in entering:
+            self.seen_RV[row] = False
+            self.seen_RV[row, list(request.prompt)] = True
             request.prefix = self.prefixes.get(request.prompt)
             self.cache.first_B[row] = len(request.prompt) - 1 if request.prefix else 0
 
-    def _prefill_batch(self, prompts, width):
+    def _prefill_batch(self, prompts, width, entering):
         padded = [list(prompt) + [0] * (width + 1 - len(prompt)) for prompt in prompts]
         tokens_BT = torch.tensor(padded, device=self.device)
         cache = KVCache(self.model.config, len(prompts), width, self.device, self.cache.k.dtype, bool(self.drafts))
         h_BTD, _, rope, _ = self.model.hidden(tokens_BT[:, :-1], cache=cache)
         if self.drafts:
             self._draft(cache, h_BTD, tokens_BT[:, 1:], torch.tensor([len(p) - 2 for p in prompts], device=self.device), rope)
-        return cache
+        for filled, prompt in enumerate(prompts):
+            if self.users[prompt] > 1 and len(self.prefixes) < len(self.seen_RV):
+                self.prefixes[prompt] = cache.prefix(filled, len(prompt) - 1)
+            else:
+                for row in (row for row, request in entering if request.prompt == prompt):
+                    self.cache.write(row, cache, filled, len(prompt) - 1)
 
     def _shared(self):
         """[(prefix, its rows)] for the cache."""
@@ -310,8 +296,7 @@ class Engine:
         for row, request in enumerate(self.live):
             if request and request.prefix:
                 rows.setdefault(request.prefix, []).append(row)
-        whole = slice(None)
-        return [(prefix, whole if len(r) == len(self.live) else torch.tensor(r, device=self.device)) for prefix, r in rows.items()]
+        return [(prefix, slice(None) if len(r) == len(self.live) else torch.tensor(r, device=self.device)) for prefix, r in rows.items()]
 
     def _take(self, tokens, logits_BTV):
         """Draw the token at every place; a row goes on to its next place while its draft was right. Returns each row's new tokens."""
@@ -341,23 +326,20 @@ class Engine:
             s = request.sampling
             kinds.setdefault((s.temperature, s.top_k, s.top_p, s.repetition), []).append(i)
         ids_A = torch.empty(len(rows), dtype=torch.int64, device=self.device)
-        u_A1 = torch.tensor([[request.uniform()] for request in requests], dtype=torch.float64, device=self.device)
+        u_A1 = torch.tensor([[request.uniforms[len(request.ids)]] for request in requests], dtype=torch.float64, device=self.device)
         for chosen in kinds.values():
             some = slice(None) if len(chosen) == len(rows) else chosen
             sampling = requests[chosen[0]].sampling
             seen = self.seen_RV[[rows[i] for i in chosen]] if sampling.repetition != 1 else None
             ids_A[some] = draw(*candidates(logits_AV[some], seen, sampling), u_A1[some])
+        opened, closed = self.tokenizer.special["<think>"], self.tokenizer.special["</think>"]
         for i, request in enumerate(requests):
-            if request.sampling.think_budget is not None and self._overthinks(request):
-                ids_A[i] = self.tokenizer.special["</think>"]
+            ids, budget = request.ids, request.sampling.think_budget
+            if budget is not None and len(ids) > budget and ids[0] == opened and closed not in ids:
+                ids_A[i] = closed
         if any(request.sampling.repetition != 1 for request in requests):
             self.seen_RV[rows, ids_A] = True
         return ids_A.tolist(), (-F.cross_entropy(logits_AV.float(), ids_A, reduction="none")).tolist()
-
-    def _overthinks(self, request):
-        """Whether an unfinished answer is inside a thought that has used up its budget."""
-        ids, special = request.ids, self.tokenizer.special
-        return len(ids) > request.sampling.think_budget and ids[0] == special["<think>"] and special["</think>"] not in ids
 
     def _append(self, request, token, logprob):
         """Give a request its next token; ends it at a stop, at its last token, or when the logits were not finite."""
@@ -399,12 +381,9 @@ def main():
     rng = random.Random(0)
     tokenizer = Tokenizer(train_bpe(["a few words, so that the ids exist"] * 2, 300))
     engine = Engine(Compass(CONFIGS["tiny"]).eval(), tokenizer, rows=16)
-    began = engine.bytes
-    requests = [engine.submit([rng.randrange(256) for _ in range(rng.randint(0, 40))], Sampling(max_tokens=20)) for _ in range(100)]
+    requests = [engine.submit([rng.randrange(256) for _ in range(rng.randint(1, 40))], Sampling(max_tokens=20)) for _ in range(100)]
     engine.run()
-    refused = [request.error for request in requests if request.error]
-    print(f"{len(requests) - len(refused)} answered in {engine.steps} steps, {sum(len(r.ids) for r in requests)} tokens")
-    print(f"{len(refused)} refused: {set(refused)}; cache {engine.bytes / 1e6:.1f} MB, before {began / 1e6:.1f} MB")
+    print(f"100 answers, {sum(len(r.ids) for r in requests)} tokens, in {engine.steps} steps; {engine.bytes / 1e6:.1f} MB of cache")
 
 
 if __name__ == "__main__":

@@ -204,24 +204,19 @@ def interval_of(tasks, hits):
 def accuracy(tasks, answers):
     """{"overall", "by_group", "by_task", "by_language", "cells", "intervals", "n"}: shares of tasks whose scorer accepts the answer."""
     hits = [SCORERS[task["scorer"]](answer, task["answer"]) for task, answer in zip(tasks, answers, strict=True)]
-    intervals = {"overall": interval_of(tasks, hits)}
-
-    def share(name, key):
+    result = {"overall": sum(hits) / len(hits), "n": len(hits), "intervals": {"overall": interval_of(tasks, hits)}}
+    for name, key_of in {
+        "by_group": lambda task: "e-commerce" if task["task"] in ECOMMERCE else "general",
+        "by_task": lambda task: task["task"],
+        "by_language": lambda task: task["lang"],
+        "cells": lambda task: f"{task['task']}/{task['lang']}",
+    }.items():
         groups = defaultdict(list)
         for task, hit in zip(tasks, hits, strict=True):
-            groups[key(task)].append((task, hit))
-        intervals[name] = {key: interval_of(*zip(*group, strict=True)) for key, group in groups.items()}
-        return {key: float(np.mean([hit for _, hit in group])) for key, group in groups.items()}
-
-    return {
-        "overall": sum(hits) / len(hits),
-        "by_group": share("by_group", lambda task: "e-commerce" if task["task"] in ECOMMERCE else "general"),
-        "by_task": share("by_task", lambda task: task["task"]),
-        "by_language": share("by_language", lambda task: task["lang"]),
-        "cells": share("cells", lambda task: f"{task['task']}/{task['lang']}"),
-        "intervals": intervals,
-        "n": len(hits),
-    }
+            groups[key_of(task)].append((task, hit))
+        result[name] = {key: float(np.mean([hit for _, hit in group])) for key, group in groups.items()}
+        result["intervals"][name] = {key: interval_of(*zip(*group, strict=True)) for key, group in groups.items()}
+    return result
 
 
 def majority_answers(tasks, training):

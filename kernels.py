@@ -101,9 +101,11 @@ if triton is not None:
             tl.store(dy + row, weighted.to(dy.dtype.element_ty), mask=d < D)
 
 
-def _grid(N, D):
+def _launch(kernel, N, D, *arguments):
+    """Run a kernel over N rows and blocks of their D columns."""
     block = min(1024, triton.next_power_of_2(D))
-    return (N, triton.cdiv(D, block)), block
+    if N:
+        kernel[N, triton.cdiv(D, block)](*arguments, BLOCK=block)
 
 
 def gather_rows(y_RD, row_of_NK, weights_NK=None):
@@ -111,10 +113,8 @@ def gather_rows(y_RD, row_of_NK, weights_NK=None):
     (N, K), D = row_of_NK.shape, y_RD.shape[1]
     if use_triton(y_RD):
         out_ND = y_RD.new_empty(N, D)
-        grid, block = _grid(N, D)
         weights = row_of_NK if weights_NK is None else weights_NK.contiguous()
-        if N:
-            gather_kernel[grid](y_RD.contiguous(), row_of_NK, weights, out_ND, D, K, weights_NK is not None, BLOCK=block)
+        _launch(gather_kernel, N, D, y_RD.contiguous(), row_of_NK, weights, out_ND, D, K, weights_NK is not None)
         return out_ND
     total_ND = torch.zeros(N, D, dtype=torch.promote_types(y_RD.dtype, torch.float32), device=y_RD.device)
     for k in range(K):
@@ -134,9 +134,7 @@ class _Permute(torch.autograd.Function):
         if not use_triton(x_ND):
             return x_ND.index_select(0, order_R // K)  # on a CPU writing in order beats reading in order
         out_RD = x_ND.new_empty(N * K, D)
-        grid, block = _grid(N, D)
-        if N:
-            scatter_kernel[grid](x_ND.contiguous(), row_of_NK, out_RD, D, K, BLOCK=block)
+        _launch(scatter_kernel, N, D, x_ND.contiguous(), row_of_NK, out_RD, D, K)
         return out_RD
 
     @staticmethod
@@ -395,16 +393,14 @@ def int4_grouped_matmul(x_RD, qweight, scales, zeros, counts_E):
     """W4A16: counts_E[e] rows of x times expert e's weight, transposed -> (R, out) in x's dtype.
 
     x_RD: fp16, bf16 or fp32, sorted by expert; qweight (E, out, in / 2) uint8, low nibble first; scales, zeros (E, out, in / group).
-    Raises InputError where shapes do not fit or, in the kernel, where the group is no multiple of 32; multiples of 128 have tuned tiles.
+    The kernel takes groups of a multiple of 32; of 128 they have tuned tiles. Raises InputError where shapes do not fit.
     """
     (E, F, half), D = qweight.shape, x_RD.shape[1]
     if 2 * half != D or scales.shape != zeros.shape or scales.shape[:2] != (E, F) or D % scales.shape[2]:
         raise InputError(f"int4: x {tuple(x_RD.shape)}, qweight {tuple(qweight.shape)}, scales {tuple(scales.shape)} do not fit")
-    if not use_triton(x_RD):
-        return int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E)
     group, R = D // scales.shape[2], x_RD.shape[0]
-    if group % 32:
-        raise InputError(f"int4: groups of {group} inputs; the kernel needs a multiple of 32")
+    if group % 32 or not use_triton(x_RD):
+        return int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E)
     bm = rows_per_tile(R, E)
     if group % 128 == 0:
         kernel, constants = tuned_int4[bm], {}

@@ -65,8 +65,7 @@ def dequantize_fp8(weight_fp8, scale):
 
 
 def bf16_product(x_RD, weight_FD):
-    """x times weight transposed, both bf16, on a CPU: in fp32 where it is slow at bf16. One row goes to torch.mv, which reads the weight
-    twice as fast."""
+    """x times weight transposed, both bf16, on a CPU: in fp32 where bf16 is slow; one row by torch.mv, which reads twice as fast."""
     if len(x_RD) == 1:
         return (weight_FD @ x_RD[0])[None]
     return x_RD @ weight_FD.T if FAST_BF16 else x_RD.float() @ weight_FD.float().T
@@ -108,14 +107,9 @@ class Int4Linear(LowBitLinear):
         """Make torch's CPU layout beside ours (w = (q - 8) * scale + offset), where it takes such groups and widths."""
         D, self.group = 2 * self.qweight.shape[2], 2 * self.qweight.shape[2] // self.scales.shape[2]
         if self.group in (32, 64, 128, 256) and self.qweight.shape[1] % 16 == 0 and D % 32 == 0:
-            offsets = (8 - self.zeros.float()) * self.scales.float()
-            self.packed = [
-                (
-                    torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(q).int(), 2),
-                    torch.stack((s.float().T, o.T), -1).bfloat16().contiguous(),
-                )
-                for q, s, o in zip(self.qweight, self.scales, offsets, strict=True)
-            ]
+            offsets, convert = (8 - self.zeros.float()) * self.scales.float(), torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            tables = torch.stack((self.scales.float().mT, offsets.mT), -1).bfloat16()
+            self.packed = [(convert(unpack_int4(q).int(), 2), table) for q, table in zip(self.qweight, tables, strict=True)]
 
     def _multiply_packed(self, x_ND, e):
         if len(x_ND) > UNPACK:

@@ -124,19 +124,13 @@ class MoE(nn.Module):
         return y_ND.view_as(x_BTD), logits_NE, index_NK
 
 
-def grouped_matmul(x_RD, weight_EDF, ends_E):
-    """Rows ends[e-1]:ends[e] of x times weight[e] -> (R, F), in the autocast dtype where one is set."""
-    if torch.is_autocast_enabled(x_RD.device.type):
-        dtype = torch.get_autocast_dtype(x_RD.device.type)
-        x_RD, weight_EDF = x_RD.to(dtype), weight_EDF.to(dtype)
-    return F.grouped_mm(x_RD, weight_EDF, offs=ends_E)
-
-
 def grouped_swiglu(x_RD, counts_E, gate_up_ED2F, down_EFD):
-    """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products."""
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    gate_RF, up_RF = grouped_matmul(x_RD, gate_up_ED2F, ends_E).chunk(2, dim=-1)
-    return grouped_matmul(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
+    """Each expert's SwiGLU on its contiguous slice of rows, as two grouped matrix products, in the autocast dtype where one is set."""
+    device, ends_E = x_RD.device.type, counts_E.cumsum(0).to(torch.int32)
+    if torch.is_autocast_enabled(device):
+        x_RD, gate_up_ED2F, down_EFD = (t.to(torch.get_autocast_dtype(device)) for t in (x_RD, gate_up_ED2F, down_EFD))
+    gate_RF, up_RF = F.grouped_mm(x_RD, gate_up_ED2F, offs=ends_E).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate_RF) * up_RF, down_EFD, offs=ends_E)
 
 
 # A CPU's BLAS may leave a product of few rows to one thread, half the rate at which memory could bring the matrix. As a batch of

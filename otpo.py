@@ -17,6 +17,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import cli
 from cli import InputError
@@ -61,18 +62,12 @@ def transported_mass(cost_BTS, mass_BT, mass_BS, reg, reg_marginal):
     that with reg of at least 0.05 no entry of K is below e^-20; `sinkhorn` takes any.
     """
     f = contraction(reg, reg_marginal)
-    kernel_BTS, v_BS = (cost_BTS / -reg).exp(), (mass_BS > 0).to(cost_BTS.dtype)
-
-    def reached_by(v_BS):
-        return torch.bmm(kernel_BTS, v_BS.unsqueeze(2)).squeeze(2)
-
-    def reached_from(u_BT):
-        return torch.bmm(u_BT.unsqueeze(1), kernel_BTS).squeeze(1)
-
+    kernel_BTS, a_BT1, b_B1S = (cost_BTS / -reg).exp(), mass_BT.unsqueeze(2), mass_BS.unsqueeze(1)
+    v_B1S = (b_B1S > 0).to(kernel_BTS.dtype)
     for _ in range(sweeps_for(reg, reg_marginal)):
-        u_BT = (mass_BT / reached_by(v_BS)) ** f
-        v_BS = (mass_BS / reached_from(u_BT)) ** f
-    return u_BT * reached_by(v_BS), v_BS * reached_from(u_BT)
+        u_BT1 = (a_BT1 / (kernel_BTS @ v_B1S.mT)) ** f
+        v_B1S = (b_B1S / (u_BT1.mT @ kernel_BTS)) ** f
+    return (u_BT1 * (kernel_BTS @ v_B1S.mT)).squeeze(2), (v_B1S * (u_BT1.mT @ kernel_BTS)).squeeze(1)
 
 
 def distances(x_BTD, y_BSD):
@@ -85,13 +80,9 @@ def distances(x_BTD, y_BSD):
     return squared_BTS.sqrt()
 
 
-def answers_first(hidden_BTD, mask_BT):
-    """Every row's answer tokens moved to its front, A the longest answer's length: (hidden_BAD, 0 after the answer; mask_BA; places_BA,
-    where each token stood)."""
-    places_BA = mask_BT.argsort(dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(1).max())]
-    mask_BA = mask_BT.gather(1, places_BA)
-    hidden_BAD = hidden_BTD.gather(1, places_BA.unsqueeze(2).expand(-1, -1, hidden_BTD.shape[2]))
-    return hidden_BAD * mask_BA.unsqueeze(2), mask_BA, places_BA
+def answers_alone(mask_BT, x_BTx):
+    """The rows of x (B, T, …) without what is no answer, padded with 0 to the longest answer: (B, A, …)."""
+    return pad_sequence([x_Tx[mask_T > 0] for x_Tx, mask_T in zip(x_BTx, mask_BT, strict=True)], batch_first=True)
 
 
 @torch.no_grad()
@@ -108,13 +99,14 @@ def ot_token_weights(hidden_chosen_BTD, hidden_rejected_BSD, mask_chosen_BT, mas
     if not bool((tau_B1 > 0).all()):
         raise InputError(f"pair {int((tau_B1 == 0).nonzero()[0, 0])} has an empty answer")
     with torch.autocast(hidden_chosen_BTD.device.type, enabled=False):
-        x_BAD, a_BA, from_BA = answers_first(hidden_chosen_BTD.to(wide), a_BT)  # prompts would only cost time and memory
-        y_BCD, b_BC, from_BC = answers_first(hidden_rejected_BSD.to(wide), b_BS)
+        x_BAD, a_BA = (answers_alone(a_BT, x) for x in (hidden_chosen_BTD.to(wide), a_BT))  # prompts would only cost time and memory
+        y_BCD, b_BC = (answers_alone(b_BS, y) for y in (hidden_rejected_BSD.to(wide), b_BS))
         cost_BAC = distances(x_BAD, y_BCD).masked_fill((a_BA.unsqueeze(2) * b_BC.unsqueeze(1)) == 0, 0.0)
         cost_BAC = cost_BAC / cost_BAC.amax((1, 2), keepdim=True).clamp_min(1.0)
         chosen_BA, rejected_BC = transported_mass(cost_BAC, a_BA, b_BC, reg, reg_marginal)
         share_B1 = tau_B1 / chosen_BA.sum(1, keepdim=True)
-    return a_BT.scatter(1, from_BA, share_B1 * chosen_BA), b_BS.scatter(1, from_BC, share_B1 * rejected_BC)
+    w_chosen_BA, w_rejected_BC = share_B1 * chosen_BA, share_B1 * rejected_BC
+    return a_BT.masked_scatter(a_BT > 0, w_chosen_BA[a_BA > 0]), b_BS.masked_scatter(b_BS > 0, w_rejected_BC[b_BC > 0])
 
 
 def uniform_weights(mask_chosen_BT, mask_rejected_BS):

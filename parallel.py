@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils.checkpoint import checkpoint
 
 import cli
@@ -48,11 +48,6 @@ class Layout(NamedTuple):
     ep: int = 1
     tp: int = 1
     vpp: int = 1
-
-    @property
-    def axes(self):
-        """{axis: size} of the mesh."""
-        return dict(zip(self._fields[:5], self[:5], strict=True))
 
     def __str__(self):
         return ", ".join(f"{axis}={size}" for axis, size in self._asdict().items())
@@ -94,7 +89,7 @@ class Ranks:
 
     def __init__(self, layout, device_type):
         self.several, self.layout, self.device_type = True, layout, device_type
-        self.mesh = init_device_mesh(device_type, tuple(layout.axes.values()), mesh_dim_names=tuple(layout.axes))
+        self.mesh = init_device_mesh(device_type, layout[:5], mesh_dim_names=layout._fields[:5])  # all but vpp
         self.data = self.mesh["dp", "cp", "ep"]._flatten("data")
         self.experts = self.mesh["dp", "cp"]._flatten("experts")
         self.count = layout.dp * layout.ep
@@ -115,18 +110,13 @@ class Ranks:
         return torch.stack([torch.cat((chunks[r], chunks[-1 - r])) for r in range(self.layout.cp)])
 
     def part(self, x_BT):
-        if self.layout.cp == 1:
-            return x_BT
-        return x_BT[:, self.order(x_BT.shape[1], x_BT.device)[self.mesh.get_local_rank("cp")]]
+        return x_BT if self.layout.cp == 1 else x_BT[:, self.order(x_BT.shape[1], x_BT.device)[self.mesh.get_local_rank("cp")]]
 
     def whole(self, x_BT):
         if self.layout.cp == 1:
             return x_BT
-        T = x_BT.shape[1] * self.layout.cp
-        whole_BT = x_BT.new_zeros(len(x_BT), T)
-        whole_BT[:, self.order(T, x_BT.device)[self.mesh.get_local_rank("cp")]] = x_BT
-        dist.all_reduce(whole_BT, group=self.mesh["cp"].get_group())
-        return whole_BT
+        places = self.order(x_BT.shape[1] * self.layout.cp, x_BT.device).flatten()
+        return wait_tensor(all_gather_single_autograd(x_BT, 1, self.mesh["cp"].get_group()))[:, places.argsort()]
 
     def mask(self, doc_ids_BT):
         if self.layout.cp == 1:
@@ -134,7 +124,13 @@ class Ranks:
         if doc_ids_BT is None:
             raise InputError("context parallelism needs doc_ids (zeros where a row is one document)")
         order = self.order(doc_ids_BT.shape[1], doc_ids_BT.device)
-        return context_mask(doc_ids_BT, order[self.mesh.get_local_rank("cp")], order.flatten())
+        mine_T, keys_T = order[self.mesh.get_local_rank("cp")], order.flatten()  # places in the row; the keys in the order of gathering
+
+        def visible(b, h, q, k):
+            return (mine_T[q] >= keys_T[k]) & (doc_ids_BT[b, mine_T[q]] == doc_ids_BT[b, keys_T[k]])
+
+        make = create_block_mask if doc_ids_BT.is_cuda else create_mask  # blocks of which nothing is visible cost nothing
+        return make(visible, len(doc_ids_BT), None, len(mine_T), len(keys_T), doc_ids_BT.device)
 
     def take(self, batch):
         """Rows of every tensor by their index among the weights: a pair's two rows stay together."""
@@ -159,19 +155,6 @@ class Ranks:
         for p in parameters:
             p.grad.to_local().mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-
-def context_mask(doc_ids_BT, mine_T, keys_T):
-    """Which keys, in the order in which they are gathered, each of this rank's queries may see; mine and keys are places in the row."""
-
-    def visible(b, h, q, k):
-        return (mine_T[q] >= keys_T[k]) & (doc_ids_BT[b, mine_T[q]] == doc_ids_BT[b, keys_T[k]])
-
-    B, T = doc_ids_BT.shape
-    if doc_ids_BT.is_cuda:  # blocks of which nothing is visible cost nothing
-        return create_block_mask(visible, B, None, len(mine_T), T, doc_ids_BT.device)
-    places = [torch.arange(n).view(shape) for n, shape in ((B, (B, 1, 1, 1)), (len(mine_T), (1, 1, -1, 1)), (T, (1, 1, 1, -1)))]
-    return visible(places[0], None, places[1], places[2])
 
 
 def attend_in_context(group, q_BHTC, k_BGTC, v_BGTC, mask):
@@ -230,11 +213,6 @@ def split_width(block, mesh):
         parallelize_module(shared, mesh, {"gate_up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-def parts_of(model):
-    """The stages of a pipeline on this rank, or the model itself."""
-    return getattr(model, "stages", [model])
-
-
 def fsdp_dim(p):
     """The dimension FSDP shards: rows (0), or columns (1) where tp or ep have split the rows already."""
     return Shard(1) if isinstance(p, DTensor) and p.placements[0] == Shard(0) else Shard(0)
@@ -289,7 +267,8 @@ def shard_whole(module, ranks):
 
 def packed_orders(model):
     """{parameter: row order} of what tensor parallelism reordered."""
-    return {f"{name}.weight": m.packed for part in parts_of(model) for name, m in part.named_modules() if hasattr(m, "packed")}
+    parts = getattr(model, "stages", [model])  # of a pipeline, or the model itself
+    return {f"{name}.weight": m.packed for part in parts for name, m in part.named_modules() if hasattr(m, "packed")}
 
 
 def start(text, config_of, device_name):
@@ -319,7 +298,7 @@ def build(config, ranks, device, recompute):
     """This rank's part of a model, parallelized, with empty weights: all layers, or pipeline stages. A whole model never exists."""
     with torch.device("meta"):
         model = Pipeline(config, ranks) if ranks.layout.pp > 1 else Compass(config)
-    for part in parts_of(model):
+    for part in getattr(model, "stages", [model]):
         parallelize(part, ranks, recompute=recompute, dtype=torch.bfloat16 if device.type == "cuda" else None)
     return model.to_empty(device=device)
 
@@ -348,11 +327,6 @@ def whole_of(p, order):
     """The whole tensor, in the order of a single process, from a parameter, gradient or moment of this layout."""
     whole = p.full_tensor()
     return whole if order is None else torch.empty_like(whole).index_copy_(0, order.to(whole.device), whole)
-
-
-def unpacked(x, order):
-    """The same shards of the tensor in a single process's order."""
-    return x if order is None else distribute_tensor(whole_of(x, order), x.device_mesh, x.placements, src_data_rank=None)
 
 
 def main():

@@ -44,7 +44,6 @@ class Stage(Compass):
             self.embedding = None
         if not last:
             self.norm, self.head, self.mtp = None, None, nn.ModuleList()
-        self.total, self.logged, self.nll = 1.0, {}, []  # weight of the whole batch; sums of this rank's losses; nll_BT by micro-batch
 
     def forward(self, x, *, targets_BT, weights_BT, doc_ids_BT, positions_BT):
         """tokens_BT (first stage), or the hidden state and MTP's embeddings side by side (B, T, D * (1 + depths)) -> the latter, or
@@ -129,7 +128,7 @@ class Pipeline(nn.Module):
 
         The stages train on Compass.loss; loss_fn only says what is logged.
         """
-        for stage in self.stages:
+        for stage in self.stages:  # total: weight of the whole batch; logged: sums of this rank's losses; nll: nll_BT by micro-batch
             stage.total, stage.router_scale, stage.mtp_scale, stage.logged, stage.nll = total, self.router_scale, self.mtp_scale, {}, []
             for idle in () if self.mtp_scale else stage.mtp:  # torch's stages end the backward of every FSDP module, used or not
                 idle.block.unshard()

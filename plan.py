@@ -12,6 +12,7 @@ Shapes: N tokens of one rank in one micro-step, R = N*K rows for the experts, D,
 
 import collections
 import contextlib
+import itertools
 import math
 from unittest import mock
 
@@ -38,12 +39,9 @@ LARGEST_GAP = 0.05  # between tracker and formula
 LAYOUTS = {("v2_30b", 32_768): "ep=8,cp=4", ("v3_245b", 32_768): "ep=8,cp=2", ("v3_245b", 131_072): "ep=8,cp=8"}
 
 
-def traffic(collective, size, ranks, peers_in_node):
-    """Bytes a GPU receives (inside its node, over the network) for a collective on `size` bytes of the whole tensor.
-
-    A node's GPUs share what must come from outside, each through its own network card.
-    """
-    P, g = ranks, peers_in_node
+def traffic(collective, size, P, g):
+    """Bytes a GPU receives (inside its node, over the network) for a collective on `size` bytes of the whole tensor by P ranks, g of them
+    in its node. A node's GPUs share what must come from outside, each through its own network card."""
     if collective == "all_to_all":
         return size * (g - 1) / P, size * (P - g) / P
     times = 2 if collective == "all_reduce" else 1  # reduce, then gather
@@ -63,10 +61,8 @@ class Accountant(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in name:
             self._note(name, args, out)
-        elif name == "addmm_":
-            self.flops += flop_registry[torch.ops.aten.addmm](*args, out_val=out)
-        elif func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif (kind := torch.ops.aten.addmm if name == "addmm_" else func.overloadpacket) in flop_registry:
+            self.flops += flop_registry[kind](*args, **(kwargs or {}), out_val=out)
         elif name == "_grouped_mm":
             self.flops += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
         elif name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
@@ -123,7 +119,7 @@ def substitutes(imbalance):
 
 def tracked(config, layout, rows, T, imbalance=1.0):
     """What one rank of the real code uses, as {row of the plan: bytes or FLOPs}: a step, then the micro-step that is counted."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout.axes.values()))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(layout[:5]))
     with torch.device("meta"):
         model = Compass(config)
     parallelize(model, Ranks(layout, "cpu"), recompute=True, dtype=torch.bfloat16)
@@ -277,7 +273,7 @@ def checked(config, layout, rows, T, imbalance):
 def step_time(config, layout, recipe, rows, mfu, imbalance=1.0):
     """(micro-steps, seconds of computation, of NVLink, of the network) of an optimizer step; both links at full speed, those of the
     fullest rank."""
-    world, T = math.prod(layout.axes.values()), recipe.seq_len
+    world, T = math.prod(layout[:5]), recipe.seq_len
     micro_steps = math.ceil(recipe.rows / (layout.dp * layout.ep * rows))
     received = bytes_received(config, layout, rows * T // layout.cp, imbalance)
     seconds = recipe.rows * T * model_flops(config, T) / (world * PEAK_FLOPS * mfu)
@@ -288,15 +284,11 @@ def step_time(config, layout, recipe, rows, mfu, imbalance=1.0):
 def advice(config, gpus, T, rows, imbalance=1.0):
     """The first layout near by whose formula fits, as text."""
     ep = math.gcd(NODE, gpus)
-    for cp in (1, 2, 4, 8, 16):
-        for few in sorted({rows, 1}, reverse=True):
-            text = f"ep={ep},cp={cp}"
-            try:
-                layout = layout_of(text, gpus, config)
-            except InputError:
-                continue
+    for cp, few in itertools.product((1, 2, 4, 8, 16), sorted({rows, 1}, reverse=True)):
+        with contextlib.suppress(InputError):  # a layout that cannot be
+            layout = layout_of(f"ep={ep},cp={cp}", gpus, config)
             if T % (2 * cp) == 0 and formula(config, layout, few, T, imbalance)["peak"] <= (1 - LEFT_FREE) * GPU_MEMORY:
-                return f"--parallel {text} with --rows {few} fits by formula"
+                return f"--parallel ep={ep},cp={cp} with --rows {few} fits by formula"
     return f"no layout with ep={ep} and cp up to 16 fits by formula: take more GPUs"
 
 

@@ -18,6 +18,8 @@ expert, N calibration rows of one matrix, L layers, P batches to choose from.
     python quantize.py --run runs/demo --method fp8 --device cuda
 """
 
+import heapq
+import itertools
 import json
 import math
 import os
@@ -109,7 +111,7 @@ def quantize_matrix(weight_FD, x_ND, method, group, unclipped=0):
         scaled_FD = weight_FD / c_D
         error = row_errors(scaled_FD, round_weight(scaled_FD, method, group)[1], x_ND * c_D, method).sum().item()
         tried.append((error, alpha, c_D))
-    _, alpha, c_D = min(tried, key=lambda candidate: candidate[0])
+    _, alpha, c_D = min(tried)
     scaled_FD, scaled_ND = weight_FD / c_D, x_ND * c_D
     clip = 1.0
     if method == "awq":
@@ -139,12 +141,10 @@ def stack(found, folded=False):
 
 def layer_inputs(block, hidden, ropes):
     """Run a block on every batch: (outputs, {"qkv", "out", "feed_forward": rows that went in}, index_NK of the router)."""
-    modules = {"qkv": block.attention.qkv, "out": block.attention.out, "feed_forward": block.feed_forward}
-    seen = {name: [] for name in modules}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, kept=seen[name]: kept.append(args[0].flatten(0, -2)))
-        for name, module in modules.items()
-    ]  # fmt: skip
+    seen, hooks = {}, []
+    for name, module in (("qkv", block.attention.qkv), ("out", block.attention.out), ("feed_forward", block.feed_forward)):
+        kept = seen[name] = []
+        hooks.append(module.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].flatten(0, -2))))
     results = [block(x_BTD, rope, None) for x_BTD, rope in zip(hidden, ropes, strict=True)]
     for hook in hooks:
         hook.remove()
@@ -243,20 +243,14 @@ def oversample(model, pool, first=FIRST, minimum=MINIMUM):
 def calibration_pool(tokenizer, data, context, seed, n=POOL):
     """n batches (1, T): documents and training conversations (thoughts included) in turn; with a folder `data`, n of its documents
     (all of them are read)."""
-    documents, rng, wanted = [], random.Random(seed), n if data else n // 2
-    for i, document in enumerate(reader.documents(data, "general", seed)):
-        if i < wanted:
-            documents.append(document["text"])
-        elif data is None:  # the marketplace takes its languages in turn
-            break
-        elif (place := rng.randrange(i + 1)) < wanted:  # a folder's files come one after the other: n documents out of all, each as likely
-            documents[place] = document["text"]
-    ids = [tokenizer.encode(text) for text in documents]
-    if data is None:
+    texts, rng = (document["text"] for document in reader.documents(data, "general", seed)), random.Random(seed)
+    if data:  # its files come one after the other: n documents out of all, each as likely
+        ids = map(tokenizer.encode, heapq.nsmallest(n, texts, key=lambda _: rng.random()))
+    else:  # the marketplace takes its languages in turn
         tasks = training(seed, -(-n // 16))
-        random.Random(seed).shuffle(tasks)
-        chats = [tokenizer.encode_chat(chat_of(task, "think" in task), "think" in task)[0] for task in tasks[: n // 2]]
-        ids = [sample for pair in zip(ids, chats, strict=False) for sample in pair]
+        rng.shuffle(tasks)
+        chats = (tokenizer.encode_chat(chat_of(task, "think" in task), "think" in task)[0] for task in tasks)
+        ids = (sample for pair in zip(map(tokenizer.encode, itertools.islice(texts, n // 2)), chats, strict=False) for sample in pair)
     return [torch.tensor([sample[:context]]) for sample in ids if len(sample) > 1]
 
 
@@ -303,10 +297,8 @@ def main():
         if name.startswith("tokenizer.") or name == "metrics.jsonl":
             shutil.copy(os.path.join(args.run, name), out)
     summary = {"method": args.method, "group": args.group, "texts": len(chosen), "minimum": MINIMUM, "matrices": quantized.report}
-    checkpoint.write_atomically(os.path.join(out, "quantization.json"), json.dumps(summary, indent=1).encode())
-    checkpoint.save_checkpoint(
-        path, quantized.cpu(), step=state["step"], stage=stage, tokenizer_hash=state["tokenizer_hash"], seed=state["seed"]
-    )  # fmt: skip
+    cli.write_atomically(os.path.join(out, "quantization.json"), json.dumps(summary, indent=1).encode())
+    checkpoint.save_checkpoint(path, quantized.cpu(), **{key: state[key] for key in ("step", "stage", "tokenizer_hash", "seed")})
     full = sum(t.numel() * t.element_size() for t in state["model"].values())
     print(f"{path}: {os.path.getsize(path) / 1e6:.2f} MB, the weights it came from {full / 1e6:.2f} MB")
 

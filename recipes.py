@@ -1,14 +1,10 @@
 """What each pre-training stage trains with: rows, context, learning rate, RoPE base, for every config (v2 §2.3; v3's six stages).
 
 The tiny recipes keep the shape of the full ones and scale the numbers. Where the papers are silent the README says what was chosen.
-
-    python recipes.py      # prints the table
 """
 
 import math
 from typing import NamedTuple
-
-import cli
 
 
 class Schedule(NamedTuple):
@@ -86,17 +82,3 @@ RECIPES = {
         "mtp": Recipe(131_072, 512, 1, Schedule(2000, 3e-5, 3e-5, 0, (0.1, 0.1), mtp_every=2), 1e7, recompute=True),
     },
 }
-
-
-def main():
-    cli.parse(__doc__)
-    for config, recipes in RECIPES.items():
-        for stage, r in recipes.items():
-            s = r.schedule
-            tokens = s.steps * r.rows * r.seq_len
-            print(f"{config:8} {stage:9} {s.steps:7,} steps x {r.rows:5,} rows x {r.seq_len:7,} tokens = {tokens:.2e}, "
-                  f"rate {s.peak:g} -> {s.final:g}, warm-up {s.warmup}, RoPE base {r.rope_base:g}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    cli.run(main)

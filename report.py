@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from checkpoint import LAST, STAGES, write_atomically
+from checkpoint import LAST, STAGES
+from cli import write_atomically
 
 plt.rcParams["figure.constrained_layout.use"] = True
 

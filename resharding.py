@@ -17,30 +17,30 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
-from checkpoint import MANIFEST, MOMENTS, discard, file_sha256, load_checkpoint, read_manifest, refuse_quantized, write_atomically
-from cli import InputError
-from compass import Compass
-from parallel import packed_orders, sharded_like, unpacked
+from checkpoint import ADAM, MANIFEST, discard, file_sha256, load_checkpoint, refuse_quantized
+from cli import InputError, write_atomically
+from parallel import packed_orders, sharded_like, whole_of
 
 
 def tensors_of(model, optimizer):
-    """{key: DTensor} of weights and moments, under the keys of a checkpoint's shards."""
+    """({key: tensor} of weights and optimizer, under the keys of a checkpoint's shards; {key: row order} of what is reordered)."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
         if optimizer is not None:
             state = optimizer.state[p]
             if not state:
-                state.update(step=torch.zeros((), device=p.device), **{kind: torch.zeros_like(p) for kind in MOMENTS})
-            tensors.update({f"{kind}.{name}": state[kind] for kind in MOMENTS})
-    return tensors
+                state.update(step=torch.zeros((), device=p.device), **{kind: torch.zeros_like(p) for kind in ADAM[1:]})
+            tensors.update({f"{kind}.{name}": state[kind] for kind in ADAM})
+    return tensors, {f"{kind}.{name}": order for name, order in packed_orders(model).items() for kind in ("model", *ADAM[1:])}
 
 
-def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", tokenizer_hash="", seed=0, data=None):
+def save_shards(path, model, optimizer, **known):
     """save_checkpoint by many ranks: a folder that appears whole or not at all, each rank's part in its own file."""
-    orders, temporary = packed_orders(model), path + ".tmp"
-    tensors = {key: unpacked(x, orders.get(key.partition(".")[2])) for key, x in tensors_of(model, optimizer).items()}
+    (tensors, orders), temporary = tensors_of(model, optimizer), path + ".tmp"
+    tensors = {key: sharded_like(whole_of(x, orders[key]), x, None) if key in orders else x for key, x in tensors.items()}
     if dist.get_rank() == 0 and os.path.exists(temporary):  # what a killed save left, of many ranks or of one
         discard(temporary)
     dist.barrier()
@@ -51,18 +51,9 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", toke
         reason = next(iter(error.failures.values()))[0]
         raise InputError(f"{path}: could not be written ({reason}); the earlier checkpoints are intact") from None
     files, found = sorted(os.listdir(temporary)), [None] * dist.get_world_size()
-    files = {name: file_sha256(os.path.join(temporary, name)) for name in files[dist.get_rank() :: len(found)]}
-    steps = {name: optimizer.state[p]["step"].item() for name, p in model.named_parameters()}
-    dist.all_gather_object(found, (files, steps))
+    dist.all_gather_object(found, [(name, file_sha256(os.path.join(temporary, name))) for name in files[dist.get_rank() :: len(found)]])
     if dist.get_rank() == 0:
-        files, steps = ({key: value for part in found for key, value in part[i].items()} for i in range(2))
-        by_decay = {g["weight_decay"]: {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups}
-        manifest = {
-            "config": dataclasses.asdict(model.config), "step": step, "planned": planned, "stage": stage, "base": base,
-            "tokenizer_hash": tokenizer_hash, "seed": seed, "data": data,
-            "names": names_of(model), "settings": [by_decay[d] for d in sorted(by_decay, reverse=True)],
-            "optimizer_steps": steps, "files": files,
-        }  # fmt: skip
+        manifest = {"config": dataclasses.asdict(model.config), **known, "files": dict(sum(found, []))}
         write_atomically(os.path.join(temporary, MANIFEST), json.dumps(manifest).encode())
         if os.path.exists(path):  # torn, passed over when the run was resumed
             discard(path)
@@ -70,39 +61,22 @@ def save_shards(path, model, optimizer, *, step, planned=0, stage, base="", toke
     dist.barrier()
 
 
-def names_of(model):
-    """Names of the whole model's parameters, in order; a rank of a pipeline has some of them only."""
-    if model.ranks.layout.pp > 1:
-        with torch.device("meta"):
-            model = Compass(model.config)
-    return [name for name, _ in model.named_parameters()]
-
-
 @torch.no_grad()
 def restore(path, model, optimizer=None):
     """Load a checkpoint, a file or a folder of shards, into a parallelized model (and its optimizer)."""
-    orders, tensors = packed_orders(model), tensors_of(model, optimizer)
-    if not os.path.isdir(path):
+    tensors, orders = tensors_of(model, optimizer)
+    if os.path.isdir(path):
+        found = {key: torch.empty_like(x) for key, x in tensors.items()}
+        dcp.load(found, checkpoint_id=path)
+    else:
         state = load_checkpoint(path)
         refuse_quantized(state)
-        if optimizer is not None and state["optimizer"] is None:
-            raise InputError(f"{path} holds weights only, as exports do: it cannot be resumed, only built on")
-        whole = {f"model.{name}": x for name, x in state["model"].items()}
-        names = sorted(state["model"], key=lambda name: state["model"][name].dim() < 2)  # the optimizer's order: matrices, vectors
-        for i, name in enumerate(names if optimizer is not None else ()):
-            none = torch.zeros_like(whole[f"model.{name}"])
-            moments = state["optimizer"]["state"].get(i) or {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, none)}
-            whole.update({f"{kind}.{name}": moments[kind] for kind in MOMENTS})
-            state.setdefault("optimizer_steps", {})[name] = moments["step"].item()
-        for key, x in tensors.items():
-            x.copy_(sharded_like(whole[key].to(x.device), x, orders.get(key.partition(".")[2])))
-    else:
-        state = read_manifest(path)
-        loaded = {key: torch.empty_like(x) for key, x in tensors.items()}
-        dcp.load(loaded, checkpoint_id=path)
-        for key, x in tensors.items():
-            order = orders.get(key.partition(".")[2])
-            x.copy_(loaded[key] if order is None else sharded_like(loaded[key].full_tensor(), x, order))
-    if optimizer is not None:
-        for name, p in model.named_parameters():
-            optimizer.state[p]["step"].fill_(state["optimizer_steps"][name])
+        found = {f"model.{name}": x for name, x in state["model"].items()}
+        for name, state_of_p in (state["optimizer"] or {}).items():
+            found.update({f"{kind}.{name}": x for kind, x in state_of_p.items()})
+    for key, x in tensors.items():
+        if key in found or key.startswith("model."):  # what never had a gradient has no moments in a file; here they are 0
+            whole = found[key]
+            if isinstance(whole, DTensor) and key in orders:
+                whole = whole.full_tensor()
+            x.copy_(whole if isinstance(whole, DTensor) or not x.dim() else sharded_like(whole.to(x.device), x, orders.get(key)))

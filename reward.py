@@ -57,16 +57,10 @@ def best_of_n(rewards_PN, correct_PN):
     Of P prompts with N sampled answers each: an answer is picked from a random subset of n when it is in it and no better one is, which has
     probability C(N - 1 - rank, n - 1) / C(N, n). Ties go to the earlier answer.
     """
-    N = rewards_PN.shape[1]
-    order_PN = rewards_PN.argsort(dim=1, descending=True, stable=True)
-    ranked_PN = correct_PN.double().gather(1, order_PN)
-    result, n = {}, 1
-    while n <= N:
-        chances = [math.comb(N - 1 - rank, n - 1) / math.comb(N, n) for rank in range(N)]
-        chance_N = torch.tensor(chances, dtype=torch.float64, device=ranked_PN.device)
-        result[n] = (ranked_PN * chance_N).sum(1).mean().item()
-        n *= 2
-    return result
+    N, order_PN = rewards_PN.shape[1], rewards_PN.argsort(dim=1, descending=True, stable=True)
+    right = correct_PN.double().gather(1, order_PN).mean(0).tolist()  # share of prompts whose answer of that rank is right
+    sizes = [2**i for i in range(N.bit_length())]
+    return {n: sum(math.comb(N - 1 - rank, n - 1) * share for rank, share in enumerate(right)) / math.comb(N, n) for n in sizes}
 
 
 class RewardModel(nn.Module):
@@ -226,7 +220,6 @@ def main():
             model = RewardModel(model_from(state, ranks, device), args.seed).to(device)
             fit_stage(model, pairs.batch, reward_loss, for_width(schedule, model.config), stage, args, tokenizer)
     if ranks is not None:
-        torch.distributed.destroy_process_group()
         print(f"{len(stages)} members trained; python reward.py --run {args.run} --resume, in one process, averages and compares them")
         return
     average_members(args.run, stages, device, args.seed)

@@ -175,12 +175,10 @@ class Chats:
 
     def __init__(self, chats, tokenizer, context, seed, full=(), packed=True, ranks=1, stages=1):
         self.samples, self.domains, self.seed, self.packed = [], [], seed, packed
-        too_long = 0
         for i, (task, thinking) in enumerate(chats):
             domain = DOMAINS[task.get("task") not in SHOP]
             ids, mask = tokenizer.encode_chat(chat_of(task, thinking), thinking=thinking, full_loss=domain in full)
             if len(ids) > context:
-                too_long += 1
                 print(f"sample {task.get('id', i)} has {len(ids)} tokens, more than the context {context}: left out")
                 continue
             self.samples.append((np.array(ids, np.int32), np.array(mask, np.bool_)))  # lists would take eight times the memory
@@ -197,7 +195,7 @@ class Chats:
         places = sum(self.width(members) * (1 if packed else len(members)) for members in self.units)
         print(
             f"{len(self.samples):,} conversations in {len(self.units):,} {'packed rows' if packed else 'padded batches'}, "
-            f"{100 * sum(lengths) / places:.1f} % filled; {too_long} over-long left out"
+            f"{100 * sum(lengths) / places:.1f} % filled; {len(chats) - len(self.samples)} over-long left out"
         )
 
     def width(self, members):
@@ -283,15 +281,12 @@ def main():
         rollouts=dict(help="run whose last model tries each reasoning task; all stages but sft1 keep those it solves now and then"),
     )  # fmt: skip
     stages = ["sft1", "sft2"] if args.stage == "all" else [args.stage]
-
     before = stage_before(stages[0], args.run)
     device, ranks = processes(args, lambda: CompassConfig(**load_latest(args.run, before, weights=False)["config"]))
     tokenizer = Tokenizer.load(args.run)
     torch.manual_seed(args.seed)
     for stage in stages:
         run_stage(stage, args, device, tokenizer, ranks)
-    if ranks is not None:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

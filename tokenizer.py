@@ -166,12 +166,9 @@ class Tokenizer:
 
     def save(self, path):
         """Write `path`/tokenizer.tiktoken (base64 token, space, rank) and tokenizer.json beside it."""
-        os.makedirs(path, exist_ok=True)
         settings = json.dumps({"pattern": self.pattern, "special_tokens": list(self.special)}, indent=1).encode()
         for name, content in (("tokenizer.json", settings), ("tokenizer.tiktoken", self._rank_lines())):
-            with open(os.path.join(path, name + ".tmp"), "wb") as file:
-                file.write(content)
-            os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
+            cli.write_atomically(os.path.join(path, name), content)
 
     @classmethod
     def load(cls, path):

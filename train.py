@@ -14,7 +14,6 @@ a target does not count), doc_ids (-1 is padding), positions (restart in each do
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -65,22 +64,16 @@ class Tokenised:
         texts = [document["text"] for document in documents]
         if not texts:
             raise InputError("the corpus holds no training document")
-        encoded = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=2)
-        end = tokenizer.special["<|endoftext|>"]
-        self.lengths = np.array([len(ids) + 1 for ids in encoded])
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        stream = itertools.chain.from_iterable(itertools.chain(ids, (end,)) for ids in encoded)
-        self.tokens = np.fromiter(stream, np.uint32, count=int(self.lengths.sum()))
+        encoded, end = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=2), tokenizer.special["<|endoftext|>"]
+        self.documents = [np.array([*ids, end], np.uint32) for ids in encoded]
+        self.lengths = np.array([len(ids) for ids in self.documents])
 
     def document(self, i):
-        return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
+        return self.documents[i]
 
 
 class TokenRows:
-    """Tokenised documents as rows of a fixed length; row i is a pure function of (documents, seed, i).
-
-    Each epoch shuffles the documents, joins them and cuts the stream every `length` tokens.
-    """
+    """Documents shuffled each epoch, joined, and cut into rows of `length` tokens; row i is a pure function of (documents, seed, i)."""
 
     def __init__(self, tokenised, length, seed):
         self.tokenised, self.lengths, self.total = tokenised, tokenised.lengths, int(tokenised.lengths.sum())
@@ -206,15 +199,16 @@ def _restore(model, optimizer, run, stage, tokenizer_hash, data):
     refuse_another(state, model, tokenizer_hash)
     if state.get("data") not in (None, data):
         raise InputError(f"{run}/{stage} was begun on other data (its first row differs): give it as then, or name another --run")
+    if "optimizer" in state and state["optimizer"] is None:
+        raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
     if model.ranks.several:
         import resharding
 
         resharding.restore(state["path"], model, optimizer)
-    elif state["optimizer"] is None:
-        raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
     else:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {kind: x.to(p.device) for kind, x in state["optimizer"][name].items()}
     print(f"{stage}: resumed at step {state['step']}")
     return state["step"]
 
@@ -310,11 +304,9 @@ def for_width(schedule, config):
 
 
 def stage_schedule(stage, args, schedule, base=""):
-    """The schedule under --steps, for a start from the stage `base`; None where --resume finds the last intact checkpoint at its final
-    step, which is said aloud.
+    """The schedule under --steps, for a start from the stage `base`; None where --resume finds the stage finished, which is said aloud.
 
-    Raises InputError where the stage has begun and is not to be resumed, before anything is made for it; or was begun with other steps,
-    another seed or from another stage: its schedule and data were others, and a later stage may have been built on it.
+    Raises InputError where the stage has begun and is not to be resumed, or was begun with other steps, another seed or from another stage.
     """
     settings = (f", --{name} {value}" for name in ("beta", "weights") if (value := getattr(args, name, None)) is not None)
     schedule = schedule._replace(base=base + "".join(settings))  # what the stage is built on and trained for
@@ -389,12 +381,9 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         model = initialise(build(config, ranks, device, recipe.recompute), args.seed)
     else:
         model = model_from(state, ranks, device, recipe.recompute, max_seq_len=recipe.seq_len, rope_base=recipe.rope_base)
-    if is_shards(args.data):
-        tokenised = Shards(args.data, tokenizer)
-    else:
-        tokenised = Tokenised(reader.documents(args.data, stage, args.seed), tokenizer)
+    texts = Shards(args.data, tokenizer) if is_shards(args.data) else Tokenised(reader.documents(args.data, stage, args.seed), tokenizer)
     # the marketplace writes every stage its own text; of a folder that stages share, each draws its own order
-    rows = TokenRows(tokenised, recipe.seq_len, args.seed if args.data is None else zlib.crc32(f"{stage} {args.seed}".encode()))
+    rows = TokenRows(texts, recipe.seq_len, args.seed if args.data is None else zlib.crc32(f"{stage} {args.seed}".encode()))
     print(
         f"{stage}: {len(rows.lengths):,} documents, {rows.total:,} tokens; {schedule.steps} steps of "
         f"{recipe.rows} x {recipe.seq_len} tokens ({schedule.steps * recipe.rows * recipe.seq_len / rows.total:.2f} epochs)"
@@ -414,8 +403,6 @@ def main():
     tokenizer = Tokenizer.load(args.run)
     for stage in RECIPES[args.config] if args.stage == "all" else (args.stage,):
         run_stage(stage, args, device, tokenizer, ranks)
-    if ranks is not None:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

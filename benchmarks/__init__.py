@@ -3,7 +3,7 @@
 import json
 import os
 
-from checkpoint import write_atomically
+from cli import write_atomically
 
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import cli
 from benchmarks import RESULTS
-from checkpoint import STAGES, write_atomically
+from checkpoint import STAGES
 from report import accuracy_table, thinking_table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,7 +33,7 @@ BENCHMARKS = (  # name, arguments (DATA and PEERS are what --data and --peers sa
     ("chain", "--data DATA", "long"),
     ("corpus", "--data DATA --run runs/corpus", "long"),
     ("data_quality", "--data DATA", "long"),
-    ("selection", "--run runs/demo", "long"),
+    ("selection", "", "long"),
     ("moe", "", "short"),
     ("experts", "", "long"),
     ("packing", "", "short"),
@@ -119,7 +119,7 @@ def draw(names):
         text = rewritten(text, name, tables_of(name, results))
         if name in NAMES and hasattr(module := importlib.import_module(f"benchmarks.{name}"), "plot"):
             module.plot(results, os.path.join(RESULTS, f"{name}.png"))
-    write_atomically(PAGE, text.encode())
+    cli.write_atomically(PAGE, text.encode())
 
 
 def main():

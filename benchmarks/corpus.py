@@ -14,7 +14,7 @@ import os
 from collections import defaultdict
 
 import cli
-from checkpoint import latest_stage, load_latest, write_atomically
+from checkpoint import latest_stage, load_latest
 from data import reader
 from evaluate import bits_per_byte
 from generate import load_for_inference
@@ -40,7 +40,7 @@ def main():
     print(table(rows, ["language", "held-out bytes", "bytes per token", "Compass, bits per byte", "xz -9, bits per byte"]))
     stage = latest_stage(args.run)
     content = {"stage": stage, "step": load_latest(args.run, stage)["step"], "seed": args.seed, "by_language": result}
-    write_atomically(os.path.join(args.run, "corpus.json"), json.dumps(content, indent=1).encode())
+    cli.write_atomically(os.path.join(args.run, "corpus.json"), json.dumps(content, indent=1).encode())
 
 
 if __name__ == "__main__":

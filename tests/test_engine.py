@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from compass import CONFIGS, Compass
 from engine import Engine, Sampling, candidates, draw, filtered_probs
 from generate import GREEDY, generate, stream
+from kvcache import KVCache
 
 HOT = Sampling(temperature=1.5, top_k=0, top_p=1.0, repetition=1.0, max_tokens=16)
 
@@ -99,6 +101,24 @@ def test_a_shared_prompt_is_prefilled_once(micro_model, micro_tokenizer, monkeyp
     others = [engine.submit([token] * 21, HOT) for token in range(5, 9)]
     engine.run()
     assert seen == [(3, 20), (1, 20)] and all(r.ids for r in others)
+
+
+def test_prefill_holds_one_cache_beside_the_rows(micro_model, micro_tokenizer, monkeypatch):
+    """PREFILL_TOKENS bounds what prompts take in all: a batch's cache is gone before the next one is made."""
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr("engine.KVCache", Counted)
+    monkeypatch.setattr("engine.PREFILL_TOKENS", 1)
+    engine = Engine(micro_model, micro_tokenizer, rows=4)
+    requests = [engine.submit([token] * 21, HOT) for token in range(5, 9)]
+    engine.run()
+    assert most == [1, 2, 2, 2, 2] and all(r.ids for r in requests)
 
 
 def trained(depth, seed):

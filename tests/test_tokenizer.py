@@ -142,6 +142,18 @@ def test_a_message_without_role_or_text_is_named(tokenizer, message, thinking):
         tokenizer.encode_chat([message], thinking=thinking)
 
 
+def test_a_full_disk_leaves_the_old_tokenizer(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match=r"tokenizer.json: could not be written \(No space left on device\)"):
+        Tokenizer(dict(list(tokenizer.ranks.items())[:300])).save(tmp_path)
+    assert Tokenizer.load(tmp_path).hash == tokenizer.hash and len(list(tmp_path.iterdir())) == 2
+
+
 def test_save_load_and_torn_files(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(str(tmp_path))

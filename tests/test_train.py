@@ -41,6 +41,14 @@ def rows(micro_tokenizer):
     return TokenRows(Tokenised(market.documents("general", 3, per_language=5), micro_tokenizer), 64, seed=1)
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """The optimizers that `fit` makes."""
+    made = []
+    monkeypatch.setattr("train.make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
+    return made
+
+
 def train(config, rows, run, steps, **kwargs):
     torch.manual_seed(0)
     model = Compass(config)
@@ -82,7 +90,7 @@ def test_rows_hold_every_token_of_an_epoch_once(rows):
     seen = np.concatenate([ids for i in range(rows.rows_per_epoch) for ids, _ in rows.row(i)])
     left = rows.total - len(seen)
     assert 0 <= left < rows.length
-    counts = np.bincount(rows.tokenised.tokens, minlength=512) - np.bincount(seen.astype(int), minlength=512)
+    counts = np.bincount(np.concatenate(rows.tokenised.documents), minlength=512) - np.bincount(seen.astype(int), minlength=512)
     assert counts.min() >= 0 and counts.sum() == left
     again = rows.row(3)
     rows.row(rows.rows_per_epoch + 1)  # another epoch in between changes nothing
@@ -113,14 +121,14 @@ def test_decay_is_on_matrices_and_gradients_are_clipped(micro_model, rows):
     assert norm > 10 and left.item() == pytest.approx(1, rel=1e-3)
 
 
-def test_the_schedules_second_beta_reaches_the_optimizer(micro_config, rows, tmp_path):
+def test_the_schedules_second_beta_reaches_the_optimizer(micro_config, rows, tmp_path, made):
     for stage, beta2 in (("general", 0.99), ("anneal", 0.95)):
         schedule = RECIPES["tiny" if beta2 == 0.99 else "v2_30b"][stage].schedule._replace(steps=1)
         fit(Compass(micro_config), rows.batches(2, 2), language_model_loss, schedule, run=str(tmp_path), stage=stage)
-        assert load_latest(tmp_path, stage)["optimizer"]["param_groups"][0]["betas"] == (0.9, beta2)
+        assert made[-1].param_groups[0]["betas"] == (0.9, beta2)
 
 
-def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_path):
+def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_path, made):
     seen, schedule = [], Schedule(5, 1e-3, 1e-4, warmup=2, router=(1.0, 0.2))
 
     def loss(model, batch):
@@ -129,7 +137,7 @@ def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_pat
 
     fit(Compass(micro_config), rows.batches(2, 2), loss, schedule, run=str(tmp_path), stage="general", watch=lambda _: "look")
     assert seen == pytest.approx([1, 0.8, 0.6, 0.4, 0.2]) and [entry["warning"] for entry in read_metrics(tmp_path)] == ["look"] * 5
-    assert load_latest(tmp_path, "general")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr_at(4, schedule))
+    assert made[-1].param_groups[0]["lr"] == pytest.approx(lr_at(4, schedule))
 
 
 def test_accumulation_has_one_global_denominator(micro_model, rows):
@@ -167,8 +175,6 @@ def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
     save_checkpoint(str(tmp_path / "general" / "step_3.pt"), micro_model, step=3, stage="general")
     with pytest.raises(ValueError, match="general holds weights only"):
         train(micro_config, rows, tmp_path, steps=None, resume=True)
-    with pytest.raises(ValueError, match="step_3.pt holds weights only"):  # as many ranks would read it
-        resharding.restore(checkpoints(tmp_path, "general")[0], micro_model, make_optimizer(micro_model))
     state = load_checkpoint(checkpoints(tmp_path, "general")[0])
     torch.save({**state, "model": {"head.qweight": torch.zeros(1)}}, buffer := io.BytesIO())
     checkpoint.write_atomically(str(tmp_path / "awq.pt"), buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
