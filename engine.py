@@ -287,8 +287,9 @@ class Engine:
             if self.users[prompt] > 1 and len(self.prefixes) < len(self.seen_RV):
                 self.prefixes[prompt] = cache.prefix(filled, len(prompt) - 1)
             else:
-                for row in (row for row, request in entering if request.prompt == prompt):
-                    self.cache.write(row, cache, filled, len(prompt) - 1)
+                for row, request in entering:
+                    if request.prompt == prompt:
+                        self.cache.write(row, cache, filled, len(prompt) - 1)
 
     def _shared(self):
         """[(prefix, its rows)] for the cache."""

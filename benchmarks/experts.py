@@ -7,15 +7,15 @@
 
 Every arm trains STEPS steps on the embedded marketplace with three seeds (initialisation and data order) and is measured on held-out
 documents, bits per byte averaged over the languages. Router flips: the share of tokens whose set of experts changes
-when a trained router computes in bf16. Finished runs are kept in benchmarks/results/experts.jsonl and not repeated.
+when a trained router computes in bf16. Finished runs are kept in benchmarks/results/experts.jsonl and not repeated. Steps are timed
+afterwards, on fresh models, the arms taking turns.
 
-    python -m benchmarks.experts      # 60 runs, about 30 minutes on two cores
+    python -m benchmarks.experts      # 60 runs, about 45 minutes on two cores
 """
 
 import dataclasses
 import json
 import os
-import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import cli
 from benchmarks import RESULTS, finished, keep, keep_finished
+from benchmarks.moe import medians
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte
@@ -86,22 +87,33 @@ def run(config, router, tokenised, tokenizer, held, seed):
     torch.manual_seed(seed)
     model = Compass(config)
     batches = TokenRows(tokenised, recipe.seq_len, seed).batches(recipe.rows, recipe.micro_rows)
-    optimizer, seconds, last = make_optimizer(model, schedule.beta2), [], []
+    optimizer, last = make_optimizer(model, schedule.beta2), []
     for step in tqdm(range(STEPS), leave=False):
         first, final = schedule.router
         model.router_scale = first + (final - first) * step / max(1, STEPS - 1)
-        batch, began = batches(step), time.perf_counter()
-        *_, metrics = _train_step(model, optimizer, batch, language_model_loss, lr_at(step, schedule), torch.device("cpu"))
-        seconds.append(time.perf_counter() - began)
+        *_, metrics = _train_step(model, optimizer, batches(step), language_model_loss, lr_at(step, schedule), torch.device("cpu"))
         last = (last + [metrics])[-20:]
     model.eval()
     load_LE = np.mean([m["load"] for m in last], axis=0)
     entropy = -(load_LE * np.log(load_LE.clip(1e-12))).sum(1) / np.log(max(2, load_LE.shape[1]))
     return {
-        "bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values()))), "ms": 1e3 * float(np.median(seconds)),
+        "bits": float(np.mean(list(bits_per_byte(model, tokenizer, held).values()))),
         "entropy": float(entropy.mean()), "busiest": float((load_LE * load_LE.shape[1]).max()),
         "logits": float(np.mean([m["z"] for m in last]) ** 0.5), "flips": flips(model, batches(0)[0]["tokens"]),
     }  # fmt: skip
+
+
+def step_times(tokenised):
+    """{(experiment, arm): seconds of a training step}."""
+    recipe = RECIPES["tiny"]["general"]
+    batch = TokenRows(tokenised, recipe.seq_len, 0).batches(recipe.rows, recipe.micro_rows)(0)
+
+    def step_of(config):
+        model = Compass(config)
+        optimizer = make_optimizer(model)
+        return lambda: _train_step(model, optimizer, batch, language_model_loss, 1e-3, torch.device("cpu"))
+
+    return medians({key: step_of(config) for key, (config, _) in arms().items()}, 15)
 
 
 def summary(runs):
@@ -110,7 +122,7 @@ def summary(runs):
     made = {}
     for experiment, arm in dict.fromkeys((r["experiment"], r["arm"]) for r in runs):
         mine = [r for r in runs if (r["experiment"], r["arm"]) == (experiment, arm)]
-        figures = {name: [r[name] for r in mine] for name in ("bits", "ms", "entropy", "busiest", "logits", "flips")}
+        figures = {name: [r[name] for r in mine] for name in ("bits", "entropy", "busiest", "logits", "flips")}
         figures["bits against tiny"] = [r["bits"] - base[r["seed"]] for r in mine]
         spread = {name: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0] for name, v in figures.items()}
         made.setdefault(experiment, {})[arm] = spread
@@ -135,12 +147,13 @@ def plot(results, path):
     bits = np.array([[grid[f"{E} experts, top-{K}"]["bits"][0] for K in (1, 2, 4)] for E in (4, 8, 16, 32)])
     axes[1, 0].imshow(bits, cmap="YlGn_r", aspect="auto")
     for (i, j), value in np.ndenumerate(bits):
-        axes[1, 0].text(j, i, f"{value:.3f}", ha="center", va="center", color="w" if value < 1.58 else "k")
+        axes[1, 0].text(j, i, f"{value:.3f}", ha="center", va="center", color="w" if value < bits.min() + 0.4 * np.ptp(bits) else "k")
     axes[1, 0].set_xticks(range(3), ["top-1", "top-2", "top-4"])
     axes[1, 0].set_yticks(range(4), ["4 experts", "8", "16", "32"])
     axes[1, 0].set_title("bits per byte, equal expert width")
     sizes = {"16 of 64, top-4": tiny, "8 of 128, top-2": results["v3"]["tiny_v3 without MTP"]}
-    dots(axes[1, 1], sizes, "ms", "ms a training step, equal size")
+    axes[1, 1].barh(list(sizes), [arm["ms"] for arm in sizes.values()], height=0.4)
+    axes[1, 1].set(title="ms a training step, equal size", ylim=(1.5, -0.5))
     save(figure, path)
 
 
@@ -155,14 +168,14 @@ def tables(results):
     for name, arm in {**results["shape"], **results["v3"]}.items():
         balance = f"{arm['entropy'][0]:.3f}", f"{arm['busiest'][0]:.2f}", f"{100 * arm['flips'][0]:.1f}"
         balance = ("", "", "") if name.startswith("dense") else balance
-        shape.append([name, "{:.3f} ± {:.3f}".format(*arm["bits"]), against(arm), f"{arm['ms'][0]:.0f}", *balance])
+        shape.append([name, "{:.3f} ± {:.3f}".format(*arm["bits"]), against(arm), f"{arm['ms']:.0f}", *balance])
     for name, arm in {"aux and z": tiny, **results["losses"]}.items():
         balance = "{:.3f} ± {:.3f}".format(*arm["entropy"]), "{:.2f} ± {:.2f}".format(*arm["busiest"])
         losses.append([name, against(arm), *balance, f"{arm['logits'][0]:.2f}"])
     for E in (4, 8, 16, 32):
         arms = [results["grid"].get(f"{E} experts, top-{K}", tiny) for K in (1, 2, 4)]  # the arm that is missing is tiny itself
-        names = ("bits", 1, 3), ("ms", 1, 0), ("busiest", 1, 1), ("flips", 100, 1)
-        grid.append([f"{E} experts", *(", ".join(f"{scale * a[name][0]:.{digits}f}" for name, scale, digits in names) for a in arms)])
+        cells = [f"{a['bits'][0]:.3f}, {a['ms']:.0f}, {a['busiest'][0]:.1f}, {100 * a['flips'][0]:.1f}" for a in arms]
+        grid.append([f"{E} experts", *cells])
     balance = "load entropy", "busiest expert, times even"
     return {
         "shape": table(shape, ["equal active width", "bits per byte", "against tiny", "ms a step", *balance, "flips in bf16, % of tokens"]),
@@ -185,11 +198,11 @@ def main():
                 print(json.dumps(runs[-1]), flush=True)
                 keep_finished("experts", runs)
     results = summary(runs)
+    for (experiment, arm), seconds in step_times(tokenised).items():
+        results[experiment][arm]["ms"] = 1e3 * seconds
     keep("experts", results)
     plot(results, os.path.join(RESULTS, "experts.png"))
-    for experiment, rows in results.items():
-        for arm, figures in rows.items():
-            print(f"{experiment:7} {arm:42} " + "  ".join(f"{name} {m:.3f}±{s:.3f}" for name, (m, s) in figures.items()))
+    print("\n\n".join(tables(results).values()))
 
 
 if __name__ == "__main__":
