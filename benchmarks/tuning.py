@@ -50,6 +50,12 @@ def general_model(config, tokenised, steps, seed):
     return train(model, rows.batches(recipe.rows, recipe.micro_rows), language_model_loss, schedule, f"general {seed}")
 
 
+def marketplace():
+    """({stage of pre-training: documents}, tokenizer), two languages."""
+    documents = {stage: [d for d in market.documents(stage, 0) if d["lang"] in LANGS] for stage in ("general", "anneal")}
+    return documents, train_tokenizer(documents["general"], CONFIGS["tiny"].vocab_size)
+
+
 def base_model(documents, tokenizer, seed):
     torch.manual_seed(seed)
     model = Compass(CONFIGS["tiny"])
@@ -125,10 +131,7 @@ def tables(results):
 
 def main():
     cli.parse(__doc__)
-    documents = {
-        stage: [d for d in market.documents(stage, 0) if d["lang"] in LANGS] for stage in ("general", "anneal")
-    }  # fmt: skip
-    tokenizer = train_tokenizer(documents["general"], CONFIGS["tiny"].vocab_size)
+    documents, tokenizer = marketplace()
     examples = [task for task in training(0, 7000) if task["id"].split("-")[1] in LANGS]
     test = [task for task in tasks("test", 0, 10) if task["lang"] in LANGS]
     runs = finished("tuning")
