@@ -71,6 +71,8 @@ def restore(path, model, optimizer=None):
     else:
         state = load_checkpoint(path)
         refuse_quantized(state)
+        if optimizer is not None and state["optimizer"] is None:
+            raise InputError(f"{path} holds weights only, as exports do: it cannot be resumed, only built on")
         found = {f"model.{name}": x for name, x in state["model"].items()}
         for name, state_of_p in (state["optimizer"] or {}).items():
             found.update({f"{kind}.{name}": x for kind, x in state_of_p.items()})

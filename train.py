@@ -199,12 +199,12 @@ def _restore(model, optimizer, run, stage, tokenizer_hash, data):
     refuse_another(state, model, tokenizer_hash)
     if state.get("data") not in (None, data):
         raise InputError(f"{run}/{stage} was begun on other data (its first row differs): give it as then, or name another --run")
-    if "optimizer" in state and state["optimizer"] is None:
-        raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
     if model.ranks.several:
         import resharding
 
         resharding.restore(state["path"], model, optimizer)
+    elif state["optimizer"] is None:
+        raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
     else:
         model.load_state_dict(state["model"])
         for name, p in model.named_parameters():

@@ -175,6 +175,8 @@ def test_an_export_is_not_resumed(micro_config, micro_model, rows, tmp_path):
     save_checkpoint(str(tmp_path / "general" / "step_3.pt"), micro_model, step=3, stage="general")
     with pytest.raises(ValueError, match="general holds weights only"):
         train(micro_config, rows, tmp_path, steps=None, resume=True)
+    with pytest.raises(ValueError, match="step_3.pt holds weights only"):  # as many ranks would read it
+        resharding.restore(checkpoints(tmp_path, "general")[0], micro_model, make_optimizer(micro_model))
     state = load_checkpoint(checkpoints(tmp_path, "general")[0])
     torch.save({**state, "model": {"head.qweight": torch.zeros(1)}}, buffer := io.BytesIO())
     checkpoint.write_atomically(str(tmp_path / "awq.pt"), buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
