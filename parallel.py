@@ -282,8 +282,8 @@ def start(text, config_of, device_name):
     device = cli.pick_device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"a node's process {device.index} has no GPU of its own: torch sees {torch.cuda.device_count()}")
+        if (processes := int(os.environ["LOCAL_WORLD_SIZE"])) > (gpus := torch.cuda.device_count()):  # all see it, the first one says it
+            raise InputError(f"{processes} processes on a node, and torch sees {gpus} GPUs: each process needs one of its own")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     # DTensor's caches keep gloo's threads to the end of the process, which aborts if one of them, to free the tensors of the last

@@ -114,8 +114,7 @@ def run(name, step, source, out, workers=None):
         list(tqdm(pool.map(functools.partial(_process, step), pending), total=len(pending), desc=name, unit="file"))
     totals = Counter()
     for target in sources:
-        with open(target + ".counts", encoding="utf-8") as file:
-            totals.update(json.load(file))
+        totals.update(read_object(target + ".counts"))
     report = {"step": name, **dict(sorted(totals.items()))}
     write_json(os.path.join(out, "report.json"), report)
     return report
@@ -160,8 +159,7 @@ def write_report(folder, out):
             f"| {report['step']} | {report['documents in']:,} | {report['documents out']:,} | {size[0]:.2f} | {size[1]:.2f} "
             f"| {size[0] / report['seconds']:.1f} | {'; '.join(why) or 'nothing'} |"
         )
-    with open(os.path.join(out, "chain.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    cli.write_atomically(os.path.join(out, "chain.md"), "".join(f"{line}\n" for line in lines).encode())
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.55 * len(reports)))
     for row, report in enumerate(reports):
         kept, left = report["documents out"] - report.get("copies added", 0), 0

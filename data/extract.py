@@ -22,7 +22,12 @@ from cli import InputError
 from data.reader import CODES, files_in, opened, printable, read_jsonl, read_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".html", ".htm", ".warc", ".warc.gz", ".wet", ".wet.gz", ".parquet")
-SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "form", "button", "select", "aside", "iframe"}
+SKIPPED = {"script", "style", "noscript", "template", "svg", "head", "nav", "footer", "button", "select", "aside", "iframe"}
+CHARSETS = {  # what pages mean by these names (encoding.spec.whatwg.org); Python's codecs are narrower or have another name
+    **dict.fromkeys(("windows-874", "tis-620", "iso-8859-11"), "cp874"), **dict.fromkeys(("gb2312", "gbk", "x-gbk"), "gb18030"),
+    **dict.fromkeys(("iso-8859-1", "latin1", "us-ascii", "ascii"), "cp1252"), **dict.fromkeys(("shift_jis", "x-sjis"), "cp932"),
+    "big5": "big5hkscs", "euc-kr": "cp949",
+}  # fmt: skip
 CHUNK = re.compile(rb"([0-9a-fA-F]+)[ \t]*(?:;[^\r\n]*)?\r\n")
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # what no page holds and the first kilobyte of a packed one does
 BLOCKS = {
@@ -81,13 +86,15 @@ def html_to_text(page):
 
 
 def decode_html(raw, declared=None):
-    """Bytes to text that UTF-8 can hold, never fails: UTF-16 by its mark, else the declared charset, the page's <meta charset>, UTF-8."""
+    """Bytes to text that UTF-8 can hold, never fails: by its mark, else the declared charset, the page's <meta charset>, UTF-8."""
     meta = re.search(rb"charset=[\"']?([\w-]+)", raw[:2048])
     name = declared or (meta[1].decode() if meta else "utf-8")
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         name = "utf-16"
+    elif raw.startswith(codecs.BOM_UTF8):
+        name = "utf-8"
     try:
-        text = raw.decode(name, errors="replace")
+        text = raw.decode(CHARSETS.get(name.lower(), name), errors="replace")
     except (LookupError, UnicodeError):  # unknown, or one that is no charset of pages, such as idna
         text = raw.decode("utf-8", errors="replace")
     return text.removeprefix("\ufeff").encode("utf-8", errors="replace").decode()  # utf-7 makes halves of surrogate pairs

@@ -120,7 +120,7 @@ def reasoning(lang, rng, split):
     lex, (x, y, z) = lexicon(lang), rng.sample(market.BRANDS, 3)
     pairs = rng.sample([(x, y), (y, z)], 2)
     lines = [phrase(lex["compare"][split], rng).format(x=a, y=b) for a, b in pairs]
-    kind = rng.choice(("cheapest", "dearest"))
+    kind = rng.choice(list(ENDS))
     steps = ", ".join(" > ".join(names) for names in (*pairs, (x, y, z)))
     return {
         "messages": about("\n".join(lines), ask(lang, rng, split, kind)),

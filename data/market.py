@@ -71,7 +71,7 @@ class Product:
     def words(self, lang):
         """Placeholder -> text in `lang`, for the templates."""
         lex = lexicon(lang)
-        named = {f"{key}": lex[group][getattr(self, key)] for key, group in FIELDS.items()}
+        named = {key: lex[group][getattr(self, key)] for key, group in FIELDS.items()}
         named.update(brand=self.brand, name=self.name, stock=str(self.stock), price=money(self.price, lang))
         named["title"] = lex["title"].format(**named)
         return named

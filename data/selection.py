@@ -71,20 +71,21 @@ def embed(texts, seed=0):
 def dbscan(z_ND, radius=RADIUS, least=LEAST):
     """Cluster of each row, -1 for noise (Ester et al. 1996), by cosine distance. Border points join the first cluster that reaches them.
 
-    Neighbours are found block by block: O(N^2 D) time, O(N) memory beside the neighbour lists.
+    A row's neighbours are found when they are needed: O(N^2 D) time, O(N) memory.
     """
-    near = []
-    for start in range(0, len(z_ND), 512):
-        near += [np.flatnonzero(row) for row in z_ND[start : start + 512] @ z_ND.T >= 1 - radius]
+
+    def near(i):
+        return np.flatnonzero(z_ND @ z_ND[i] >= 1 - radius)
+
     labels, cluster = np.full(len(z_ND), -1), 0
     for i in range(len(z_ND)):
-        if labels[i] >= 0 or len(near[i]) < least:
+        if labels[i] >= 0 or len(near(i)) < least:
             continue
         labels[i], frontier = cluster, [i]
         while frontier:
-            j = frontier.pop()
-            if len(near[j]) >= least:
-                new = near[j][labels[near[j]] < 0]
+            around = near(frontier.pop())
+            if len(around) >= least:
+                new = around[labels[around] < 0]
                 labels[new] = cluster
                 frontier += new.tolist()
         cluster += 1

@@ -25,10 +25,13 @@ from tokenizer import Tokenizer
 INDEX = "shards.json"
 
 
+tokenizer_of = functools.cache(Tokenizer.load)  # in each worker once, not once a file
+
+
 def write_shard(run, job):
     """Tokenise one file; its ends are renamed into place last and mark it done."""
     (source, target), ends, at = job, [], 0
-    tokenizer = Tokenizer.load(run)
+    tokenizer = tokenizer_of(run)
     with open(target + ".tokens.part", "wb") as file:
         for document in documents_of(source):
             if document["text"].strip() and not held_out(document["text"]):
@@ -85,7 +88,7 @@ class Shards:
             raise InputError(f"{path}: not what `python -m data.shards` wrote") from None
         if found != tokenizer.hash:
             raise InputError(f"{folder}: shards of another tokenizer ({found[:12]}, this run has {tokenizer.hash[:12]})")
-        self.tokens, self.ends = [], []
+        paths, self.ends = [], []
         for name, documents, tokens in shards:
             name = os.path.join(folder, name)
             if os.path.getsize(name + ".tokens") != 4 * tokens:
@@ -93,15 +96,16 @@ class Shards:
             ends = np.fromfile(name + ".ends", "<i8")
             if len(ends) != documents or ends[-1] != tokens:
                 raise InputError(f"{name}.ends: does not fit {INDEX} (a torn file?)")
-            self.tokens.append(np.memmap(name + ".tokens", "<u4", mode="r"))
+            paths.append(name + ".tokens")
             self.ends.append(ends)
+        self.tokens = functools.lru_cache(256)(lambda shard: np.memmap(paths[shard], "<u4", mode="r"))  # each holds its file open
         self.first = np.cumsum([0, *map(len, self.ends)])
         self.lengths = np.concatenate([np.diff(ends, prepend=0) for ends in self.ends])
 
     def document(self, i):
         shard = np.searchsorted(self.first, i, side="right") - 1
         k = i - self.first[shard]
-        return self.tokens[shard][self.ends[shard][k] - self.lengths[i] : self.ends[shard][k]]
+        return self.tokens(shard)[self.ends[shard][k] - self.lengths[i] : self.ends[shard][k]]
 
 
 def main():

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ def test_a_page_becomes_what_a_reader_sees():
     assert html_to_text("") == "" and html_to_text("no tags < 5") == "no tags < 5"
     assert html_to_text("<p>a &lt; b</p> c &amp; d <a href='x") == "a < b\nc & d"  # torn in a tag
     assert html_to_text("<dl><dt>Warna<dd>biru</dl><main>y</main><header>z</header>q") == "Warna\nbiru\ny\nz\nq"
+    assert html_to_text("<body><form id=aspnetForm><p>whole page <button>Buy</button></form>") == "whole page"
     assert html_to_text("<pre>def f(a):\n\n    if  a:\n\treturn a </pre> a  b") == "def f(a):\n    if  a:\n    return a\na b"
     assert [html_to_text(f"<p>good{odd} page") for odd in ("<![foo[x]]>", "<![]>")] == ["good page"] * 2
 
@@ -41,6 +43,11 @@ def test_charsets():
     assert decode_html(b'<meta charset="gb2312">' + "红".encode("gb2312")).endswith("红")
     assert all(decode_html(b'<meta charset="%s">red' % name).endswith("red") for name in (b"none-such", b"idna", b"undefined"))
     assert decode_html("é".encode(), "no-such-charset") == "é"
+    # what pages call their charset is not what Python does
+    names = {"windows-874": "cp874", "gb2312": "gb18030", "x-gbk": "gbk", "ISO-8859-1": "cp1252", "Shift_JIS": "cp932", "big5": "big5hkscs"}
+    texts = "“สวัสดี”", "朱镕基", "朱镕基", "it’s café", "①髙", "嘅"
+    assert [decode_html(text.encode(codec), name) for text, (name, codec) in zip(texts, names.items(), strict=True)] == [*texts]
+    assert decode_html("\ufeffcafé".encode(), "iso-8859-1") == "café"  # the mark knows better than the header
     assert decode_html(b"a +2D0- b", "utf-7") == "a ? b"  # half of a surrogate pair
     assert decode_html("สี".encode("utf-16"), "utf-8") == decode_html(b"\xfe\xff" + "สี".encode("utf-16-be")) == "สี"
 
@@ -229,6 +236,9 @@ def test_a_killed_step_goes_on_to_the_same_bytes(tmp_path, script):
     for k in range(3):
         assert (tmp_path / "whole" / f"part{k}.jsonl").read_bytes() == (tmp_path / "killed" / f"part{k}.jsonl").read_bytes()
     assert os.stat(tmp_path / "killed" / "part0.jsonl").st_mtime_ns == finished  # not done again
+    (tmp_path / "killed" / "part1.jsonl.counts").write_text("")  # as a power cut may leave it
+    again = script(*command, "--out", tmp_path / "killed")
+    assert again.returncode == 2 and "part1.jsonl.counts: damaged" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_workers_end_with_the_process_that_began_them(tmp_path):
@@ -472,6 +482,23 @@ def test_shards_are_the_same_rows_as_documents_in_memory(tmp_path, micro_tokeniz
     a, b = TokenRows(mapped, 64, 1), TokenRows(memory, 64, 1)
     for i in range(a.rows_per_epoch + 2):
         assert all(np.array_equal(x[0], y[0]) for x, y in zip(a.row(i), b.row(i), strict=True))
+
+
+def test_more_shards_than_a_process_may_hold_files(tmp_path, micro_tokenizer, monkeypatch):
+    micro_tokenizer.save(str(tmp_path / "run"))
+    texts = [f"Document {i} of a page a file." for i in range(300)]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i:03}.txt").write_text(text)
+    shards.write_shards(str(tmp_path / "in"), str(tmp_path / "out"), str(tmp_path / "run"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (280, hard))
+    try:
+        mapped = shards.Shards(str(tmp_path / "out"), micro_tokenizer)
+        read = [micro_tokenizer.decode(mapped.document(i)[:-1].tolist()) for i in range(len(mapped.lengths))]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(read) > 270 and read == [text for text in texts if not reader.held_out(text)]
 
 
 def test_shards_refuse_what_does_not_belong(tmp_path, micro_tokenizer, script):

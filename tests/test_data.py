@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import tracemalloc
 import zlib
 from itertools import islice
 
@@ -185,6 +186,14 @@ def test_clusters_of_points_on_a_circle():
     angles = [0.0] * 9 + [1.0] * 9 + [0.5]  # two dense spots and one point between them, too far from both
     z_ND = np.array([[math.cos(a), math.sin(a)] for a in angles])
     assert selection.dbscan(z_ND, radius=0.05, least=8).tolist() == [0] * 9 + [1] * 9 + [-1]
+
+
+def test_a_dense_cluster_takes_no_more_memory_than_its_points():
+    tracemalloc.start()
+    assert set(selection.dbscan(np.ones((2000, 1)))) == {0}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2000 * 500  # bytes; the lists of everyone's neighbours would be 2000 * 2000 * 8
 
 
 def test_embedding_equals_the_exact_singular_vectors():

@@ -480,6 +480,16 @@ def test_a_thread_that_waits_for_the_gil_has_it_before_the_process_ends(monkeypa
         thread.join()
 
 
+def test_more_processes_than_gpus_are_refused_by_all(monkeypatch):
+    """By the first one, too, which alone is heard (cli.run)."""
+    for name, value in dict(RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8", WORLD_SIZE="8").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match="8 processes on a node, and torch sees 4 GPUs"):
+        parallel.start("ep=2", lambda: None, "cuda")
+
+
 def test_the_way_to_start_names_the_script(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/sft.py"])
     with pytest.raises(InputError, match="torchrun --nproc-per-node N -- sft.py --parallel ep=2"):
