@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The training of the checkpoint that ships: the chain of demo.sh with more steps, and drills. Killed, it goes on where it was.
-#   bash pretrained.sh             eighty minutes on two cores; trains in runs/pretrained, ends in runs/pretrained/export
+#   bash pretrained.sh             80 to 100 minutes on two cores; trains in runs/pretrained, ends in runs/pretrained/export
 #   SEED=1 RUN=runs/seed1 bash pretrained.sh      another seed
 set -euo pipefail
 RUN=${RUN:-runs/pretrained} SEED=${SEED:-0}

@@ -5,7 +5,7 @@ conversation's earlier answers are given. An answer, and the thought before it w
 the likeliest one. And how many of the tokenizer's tokens stand in no answer that drills and sft2 train on: the output layer only
 learns to avoid these.
 
-    bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after eighty
+    bash pretrained.sh && python -m benchmarks.drills --run runs/pretrained      # a minute, after 80 to 100
 """
 
 import math
