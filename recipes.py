@@ -46,9 +46,9 @@ class Recipe(NamedTuple):
     recompute: bool = False
 
 
-# {config: {stage: Recipe}}. v2: rates 1 -> 0.1, 0.5 -> 0.1, 0.1 of the peak; batches of rows, 1.5 rows and 0.375 rows. v3: general,
-# e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved, in every second step of the
-# last; the report names these stages and the contexts 8K and 32K -> 128K, rates follow v2's proportions.
+# {config: {stage: Recipe}}. v2: rates 1 -> 0.1, 0.5 -> 0.1, 0.1 of the peak; batches of rows, 1.5 rows and 0.375 rows (`small`: fewer).
+# v3: general, e-commerce and SEA ("market"), reasoning, long context in two steps ("extend", "long"), MTP interleaved, in every second
+# step of the last; the report names these stages and the contexts 8K and 32K -> 128K, rates follow v2's proportions.
 RECIPES = {
     "tiny": {
         "general": Recipe(256, 8, 8, Schedule(250, 3e-3, 3e-3 / 10, 25, (1.0, 0.1), beta2=0.99)),

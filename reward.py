@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-from checkpoint import checkpoints, inherit, latest_stage, load_latest, save_checkpoint
+from checkpoint import checkpoints, discard, inherit, latest_stage, load_latest, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
@@ -200,6 +200,9 @@ def average_members(run, stages, device, seed):
     average.load_state_dict(average_weights([load_latest(run, stage, device)["model"] for stage in stages]))
     path = os.path.join(run, "reward", f"step_{last['step']}.pt")
     save_checkpoint(path, average, step=last["step"], stage="reward", tokenizer_hash=last["tokenizer_hash"], seed=seed)
+    for other in checkpoints(run, "reward"):
+        if other != path:  # of members before these, who may have had more steps
+            discard(other)
 
 
 def main():

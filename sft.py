@@ -275,7 +275,7 @@ def main():
     args = cli.parse(
         __doc__, "data", "run", "stage", "steps", "resume", "device", "seed", "parallel",
         data=dict(help="task file .jsonl: {messages, answer, think?} (default: the embedded tasks)"),
-        stage=dict(default="all", choices=("all", *STAGES)),
+        stage=dict(default="all", choices=("all", *STAGES), help="all: sft1 and sft2; pairs and drills only by name"),
         full=dict(default="none", choices=tuple(FULL), help="domain whose prompts are trained on too (v3's mixed loss: e-commerce)"),
         batching=dict(default="packed", choices=("packed", "padded"), help="pack conversations into rows, or pad batches of like length"),
         rollouts=dict(help="run whose last model tries each reasoning task; all stages but sft1 keep those it solves now and then"),

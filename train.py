@@ -308,8 +308,9 @@ def stage_schedule(stage, args, schedule, base=""):
 
     Raises InputError where the stage has begun and is not to be resumed, or was begun with other steps, another seed or from another stage.
     """
-    settings = (f", --{name} {value}" for name in ("beta", "weights") if (value := getattr(args, name, None)) is not None)
-    schedule = schedule._replace(base=base + "".join(settings))  # what the stage is built on and trained for
+    names, plain = ("beta", "weights", "full", "batching"), (None, "none", "packed")  # what a stage is trained for, unless as always
+    settings = (f", --{name} {value}" for name in names if (value := getattr(args, name, None)) not in plain)
+    schedule = schedule._replace(base=base + "".join(settings))
     if args.steps:
         schedule = schedule._replace(steps=args.steps, warmup=min(schedule.warmup, args.steps // 10))
     if begun(args.run, stage, args.resume):

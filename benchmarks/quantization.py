@@ -338,7 +338,7 @@ def plot(results, path):
         rates = results["speed"]["tokens/s"]
         for i, (name, by_batch) in enumerate(rates.items()):
             ratios = [value / rates["FP32"][batch] for batch, value in by_batch.items()]
-            axes[1].bar([x + 0.27 * (i - 1) for x in range(len(ratios))], ratios, 0.25, label=name)
+            axes[1].bar([x + 0.21 * (i - 1.5) for x in range(len(ratios))], ratios, 0.2, label=name)
         axes[1].set_xticks(range(len(BATCHES)), [f"batch {batch}" for batch in BATCHES])
         axes[1].set(ylabel="speed, times that of FP32", title="decoding, random model of 300M")
         axes[1].legend(fontsize=8)

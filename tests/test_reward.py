@@ -127,6 +127,7 @@ def test_the_average_of_the_members_is_saved(micro_model, tmp_path):
         torch.nn.init.normal_(member.backbone.blocks[0].attention.qkv.weight)
     for i, member in enumerate(members):
         save_checkpoint(str(tmp_path / f"reward/{i}" / "step_7.pt"), member, step=7, stage=f"reward/{i}", tokenizer_hash="", seed=0)
+    save_checkpoint(str(tmp_path / "reward" / "step_9.pt"), members[0], step=9, stage="reward", tokenizer_hash="", seed=0)  # older
     average_members(str(tmp_path), [f"reward/{i}" for i in range(3)], torch.device("cpu"), 0)
     model, state = load_reward_model(str(tmp_path), torch.device("cpu"))
     averaged, parts = model.state_dict(), [member.state_dict() for member in members]

@@ -267,6 +267,9 @@ def test_a_stage_goes_on_from_the_base_it_was_begun_from(micro_config, rows, tmp
         stage_schedule("dpo", args, schedule, "sft2")
     args.beta, args.weights = 0.1, "transport"
     assert stage_schedule("otpo", args, schedule, "sft1").base == "sft1, --beta 0.1, --weights transport"
+    for full, batching, base in (("none", "packed", "long"), ("e-commerce", "padded", "long, --full e-commerce, --batching padded")):
+        tuned = argparse.Namespace(run=str(tmp_path), resume=True, steps=None, full=full, batching=batching)
+        assert stage_schedule("sft1", tuned, schedule, "long").base == base
 
 
 def test_another_config_than_that_of_the_stage_before_is_named(micro_config, micro_tokenizer, tmp_path):
