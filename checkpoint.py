@@ -27,9 +27,9 @@ from compass import Compass, CompassConfig
 
 # in training order; the command that makes each stage
 STAGES = {
-    "general": "python train.py", "anneal": "python train.py --stage anneal", "market": "python train.py --stage market",
-    "reasoning": "python train.py --stage reasoning", "extend": "python train.py --stage extend",
-    "long": "python train.py --stage long", "mtp": "python train.py --stage mtp",
+    "general": "python train.py", "anneal": "python train.py --stage anneal", "market": "python train.py --config tiny_v3 --stage market",
+    "reasoning": "python train.py --config tiny_v3 --stage reasoning", "extend": "python train.py --config tiny_v3 --stage extend",
+    "long": "python train.py --stage long", "mtp": "python train.py --config tiny_v3 --stage mtp",
     "sft1": "python sft.py", "pairs": "python sft.py --stage pairs", "drills": "python sft.py --stage drills",
     "sft2": "python sft.py --stage sft2", "dpo": "python dpo.py", "otpo": "python otpo.py",
 }  # fmt: skip
@@ -75,7 +75,7 @@ def payload(path):
     with open(path, "rb") as file:
         content = file.read()
     body = content[:-32]
-    if hashlib.sha256(body).digest() != content[-32:]:
+    if not body or hashlib.sha256(body).digest() != content[-32:]:
         raise InputError(f"{path} is torn or foreign: its checksum does not match its content")
     return body
 
@@ -84,8 +84,9 @@ def read_manifest(path):
     """The manifest of a folder of shards, all but the tensors: config, step, stage, seed, checksums of the files."""
     try:
         with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
+            manifest = json.load(file)
+            return {**manifest, "files": dict(manifest["files"])}
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is torn or foreign: its {MANIFEST} is missing or unreadable") from None
 
 
@@ -161,19 +162,22 @@ def begun(run, stage, resume):
 
 def refuse_occupied(folder):
     """Raise InputError where a folder to be written is a run of its own, whose tokenizer and log would be lost."""
-    if held := [stage for stage in STAGES if checkpoints(folder, stage)]:
-        raise InputError(f"{folder} already holds a checkpoint of {held[-1]}: name another folder, or delete it")
+    held = [f"a checkpoint of {stage}" for stage in ("reward", *STAGES) if checkpoints(folder, stage)]
+    held = held or [name for name in ("metrics.jsonl", "tokenizer.tiktoken") if os.path.exists(os.path.join(folder, name))]
+    if held:
+        raise InputError(f"{folder} already holds {held[-1]}: name another folder, or delete it")
 
 
 def load_latest(run, stage, device="cpu", weights=True):
-    """The newest intact checkpoint of a stage, with its "path"; torn ones are named and passed over."""
+    """The newest intact checkpoint of a stage, with its "path" and "origin", a name that another training of the same stage has not;
+    torn ones are named and passed over."""
     paths = checkpoints(run, stage)
     for path in paths:
         try:
-            if not weights and (problem := fault(path)):
+            if not weights and os.path.isdir(path) and (problem := fault(path)):  # a file is compared as it is read
                 raise InputError(problem)
             # stage: the folder's name, where someone has renamed it
-            return {**load_checkpoint(path, device, weights), "stage": stage, "path": path}
+            return {**load_checkpoint(path, device, weights), "stage": stage, "path": path, "origin": f"{stage} {checksum(path)[:8]}"}
         except InputError as error:
             print(f"{error}; trying the one before it")
     problem = "holds no intact checkpoint: delete that folder and" if paths else "not found:"

@@ -55,7 +55,7 @@ class CompassConfig:
             value = getattr(self, field.name)
             kind = (int,) if field.type is int else (int, float)
             zero = field.name in ("n_shared", "aux_weight", "z_weight", "mtp_depth", "mtp_weight")
-            if isinstance(value, bool) or not isinstance(value, kind) or not (value > 0 or zero and value == 0):  # nan is neither
+            if isinstance(value, bool) or not isinstance(value, kind) or not (0 < value < float("inf") or zero and value == 0):
                 what = f"a {'whole ' if kind == (int,) else ''}number {'of at least' if zero else 'above'} 0"
                 raise InputError(f"config field {field.name} is {value!r}, must be {what}")
         if self.n_heads % self.n_kv_heads:
@@ -272,17 +272,17 @@ def rows_where(mask_N):
     return slice(None) if bool(mask_N.all()) else mask_N.nonzero().squeeze(1)
 
 
-def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=LOSS_ROWS, total=lambda own: own):
+def chunked_cross_entropy(h_ND, head_VD, target_N, weight_N, rows=LOSS_ROWS, total=None):
     """(weighted mean, nll_N) of the cross-entropy (nats) of softmax(h W^T); rows of weight 0 are never multiplied by the head.
 
-    total: makes the mean's denominator from the sum of these weights, where other ranks hold more of them.
+    total: the mean's denominator, where it is not the sum of these weights: other ranks may hold more of them.
     """
     use_N = rows_where(weight_N > 0)
     used_N = weight_N[use_N].float()
     loss, used_nll_N = _ChunkedCrossEntropy.apply(h_ND[use_N], head_VD, target_N[use_N], used_N, rows, torch.is_grad_enabled())
     nll_N = torch.zeros_like(weight_N, dtype=torch.float32)
     nll_N[use_N] = used_nll_N
-    return loss / total(used_N.sum()).clamp_min(1e-9), nll_N
+    return loss / (used_N.sum() if total is None else total).clamp_min(1e-9), nll_N
 
 
 class Compass(nn.Module):
@@ -343,7 +343,7 @@ class Compass(nn.Module):
         weights_BT = valid_BT.float() if weights_BT is None else weights_BT * valid_BT
         own = weights_BT.sum().clamp_min(1e-9)
         scale = self.ranks.sum(own) / own  # exactly 1 on a single rank
-        lm, nll_N = self._cross_entropy(h_BTD, targets_BT, weights_BT)
+        lm, nll_N = self._cross_entropy(h_BTD, targets_BT, weights_BT, weights_BT)
         aux, z, load_LE = self._router_losses(routing, self.ranks.part(valid_BT).reshape(-1))
         mtp = self._mtp_loss(h_BTD, self._embed_later(tokens_BT), targets_BT, weights_BT, doc_ids_BT, rope, mask)
         lm, aux, z, mtp = (x * scale for x in (lm, aux, z, mtp))
@@ -351,10 +351,11 @@ class Compass(nn.Module):
         total = lm + self.router_scale * (c.aux_weight * aux + c.z_weight * z) + self.mtp_scale * c.mtp_weight * mtp
         return Losses(total, lm, aux, z, mtp, load_LE, self.ranks.whole(nll_N.view(len(tokens_BT), -1)))
 
-    def _cross_entropy(self, h_BTD, targets_BT, weights_BT):
+    def _cross_entropy(self, h_BTD, targets_BT, weights_BT, counted_BT):
+        """counted_BT: the weights that make the mean's denominator, with those of the other ranks."""
         h_ND = self.norm(h_BTD).flatten(0, 1)
-        targets_N, weights_N = (self.ranks.part(x_BT).reshape(-1) for x_BT in (targets_BT, weights_BT))
-        return chunked_cross_entropy(h_ND, self.head.weight, targets_N, weights_N, total=self.ranks.sum)
+        targets_N, weights_N, counted_N = (self.ranks.part(x_BT).reshape(-1) for x_BT in (targets_BT, weights_BT, counted_BT))
+        return chunked_cross_entropy(h_ND, self.head.weight, targets_N, weights_N, total=self.ranks.sum(counted_N.sum()))
 
     def _router_losses(self, routing, valid_N):
         E, valid = self.config.n_experts, rows_where(valid_N)
@@ -372,7 +373,11 @@ class Compass(nn.Module):
         return [self.embedding(self.ranks.part(tokens_BT.roll(-k, 1))) for k in depths]
 
     def _mtp_loss(self, h_BTD, later, targets_BT, weights_BT, doc_ids_BT, rope, mask):
-        """Mean over depths; depth k sees token t+k (later[k-1], embedded) and predicts token t+k+1 of the same document."""
+        """Mean over depths; depth k sees token t+k (later[k-1], embedded) and predicts token t+k+1 of the same document.
+
+        Each depth's sum is divided by the weights that lm counts, a few more than it has targets (DeepSeek-V3, eq. 24: 1/T): one
+        denominator for both, so that micro-batches add up to the batch whichever way it is cut.
+        """
         losses = [h_BTD.new_zeros(())]
         for k, (block, embedded_BTD) in enumerate(zip(self.mtp, later, strict=False), 1):
             h_BTD = block(h_BTD, embedded_BTD, rope, mask)
@@ -380,7 +385,7 @@ class Compass(nn.Module):
             weights[:, -k:] = 0
             if doc_ids_BT is not None:
                 weights = weights * (doc_ids_BT == doc_ids_BT.roll(-k, 1))
-            losses.append(self._cross_entropy(h_BTD, targets_BT.roll(-k, 1), weights)[0])
+            losses.append(self._cross_entropy(h_BTD, targets_BT.roll(-k, 1), weights, weights_BT)[0])
         return torch.stack(losses).sum() / max(1, len(self.mtp))
 
 

@@ -199,14 +199,14 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
     names = [*(f"{stage}/{turn}" for turn in range(1, args.rounds)), stage]
     if checkpoints(args.run, stage) and not all(checkpoints(args.run, name) for name in names):
         raise InputError(f"{args.run}/{stage} was begun with fewer rounds than {args.rounds}: give as many, or another --run")
-    if stage_schedule(stage, args, schedule, state["stage"]) is None:  # the last round bears the stage's name
+    if stage_schedule(stage, args, schedule, state["origin"]) is None:  # the last round bears the stage's name
         return
     reference, model = load_model(state, device).eval(), load_model(state, device)
     judge_model, judge_state = load_reward_model(args.run, device)
     inherit(judge_state, tokenizer)
     judge = reward_judge(judge_model, tokenizer)
     for turn, name in enumerate(names, 1):
-        planned = stage_schedule(name, args, schedule, state["stage"])
+        planned = stage_schedule(name, args, schedule, state["origin"])
         if planned is None:
             model.load_state_dict(load_latest(args.run, name, device)["model"])
             continue
@@ -226,7 +226,7 @@ def tune(stage, objective, args, off_policy=False):
     if args.rounds > 0:
         return online(stage, objective, args, off_policy)
     device, ranks, tokenizer, state = processes_with_whole_rows(args)
-    schedule = stage_schedule(stage, args, SCHEDULE, state["stage"])
+    schedule = stage_schedule(stage, args, SCHEDULE, state["origin"])
     if schedule is not None:
         model = model_from(state, ranks, device)
         pairs = load_pairs(args.data, tokenizer, model.config.max_seq_len, args.seed, ranks)

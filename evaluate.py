@@ -160,7 +160,7 @@ class Answers:
                 for line in file:
                     try:
                         self.texts.update([json.loads(line)])
-                    except ValueError:  # empty, or torn by a kill: answered again
+                    except (ValueError, TypeError):  # empty, or torn by a kill: answered again
                         continue
 
     def key(self, prompt, sampling):
@@ -274,6 +274,8 @@ def evaluate_stages(run, device, test, documents, samples, seed=0):
     report = {"tasks_hash": fingerprint(test), "accuracy": {}, "bits_per_byte": {}, "retrieval": {}}
     chats = ""
     last = latest_stage(run)
+    if samples > 1 and last in PRETRAINING:
+        raise InputError(f"--samples {samples}: {last} answers plain text, and samples are of chats; tune it first (python sft.py)")
     stages = [stage for stage in STAGES if stage == last or stage in EVALUATED and checkpoints(run, stage)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)

@@ -68,7 +68,7 @@ class Stage(Compass):
         load_LE[[int(i) for i in self.blocks]] = load * (own / self.total)
         lm = mtp = extra.new_zeros(())
         if self.last:
-            lm, nll_N = self._cross_entropy(x_BTD, targets_BT, weights_BT)
+            lm, nll_N = self._cross_entropy(x_BTD, targets_BT, weights_BT, weights_BT)
             self.nll.append(self.ranks.whole(nll_N.view(len(x_BTD), -1)))
             lm = lm * share
             mtp = self._mtp_loss(x_BTD, later, targets_BT, weights_BT, doc_ids_BT, rope, mask) * share

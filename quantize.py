@@ -296,7 +296,8 @@ def main():
     for name in sorted(os.listdir(args.run)):
         if name.startswith("tokenizer.") or name == "metrics.jsonl":
             shutil.copy(os.path.join(args.run, name), out)
-    summary = {"method": args.method, "group": args.group, "texts": len(chosen), "minimum": MINIMUM, "matrices": quantized.report}
+    group = args.group if args.method in ("awq", "rtn") else None
+    summary = {"method": args.method, "group": group, "texts": len(chosen), "minimum": MINIMUM, "matrices": quantized.report}
     cli.write_atomically(os.path.join(out, "quantization.json"), json.dumps(summary, indent=1).encode())
     checkpoint.save_checkpoint(path, quantized.cpu(), **{key: state[key] for key in ("step", "stage", "tokenizer_hash", "seed")})
     full = sum(t.numel() * t.element_size() for t in state["model"].values())

@@ -218,7 +218,7 @@ def main():
     for stage, (epochs, peak, shape) in zip(stages, MEMBERS, strict=True):
         begun = load_latest(args.run, stage, weights=False)["planned"] if args.resume and checkpoints(args.run, stage) else 0
         steps = args.steps or begun or epochs * math.ceil(len(pairs.rows) / pairs.per_step)  # begun perhaps by more ranks
-        schedule = stage_schedule(stage, args, Schedule(steps, peak, 0.0, steps // 20, shape=shape), state["stage"])
+        schedule = stage_schedule(stage, args, Schedule(steps, peak, 0.0, steps // 20, shape=shape), state["origin"])
         if schedule is not None:
             model = RewardModel(model_from(state, ranks, device), args.seed).to(device)
             fit_stage(model, pairs.batch, reward_loss, for_width(schedule, model.config), stage, args, tokenizer)

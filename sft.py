@@ -248,7 +248,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
     before = stage_before(stage, args.run)
     state = load_latest(args.run, before, weights=ranks is None)
     inherit(state, tokenizer, to_train=True)
-    schedule = stage_schedule(stage, args, STAGES[stage][1], before)
+    schedule = stage_schedule(stage, args, STAGES[stage][1], state["origin"])
     if schedule is None:
         return
     if args.data:

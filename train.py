@@ -369,7 +369,7 @@ def run_stage(stage, args, device, tokenizer, ranks=None):
         own = dict(max_seq_len=state["config"]["max_seq_len"], rope_base=state["config"]["rope_base"])  # change from stage to stage
         if changed := changed_fields(state["config"], dataclasses.replace(config, **own)):
             raise InputError(f"{args.run}/{before} is not of --config {args.config} ({'; '.join(changed)}): say --config as then")
-    schedule = stage_schedule(stage, args, recipe.schedule, before or "")
+    schedule = stage_schedule(stage, args, recipe.schedule, state["origin"] if before else "")
     if schedule is None:
         return
     torch.manual_seed(args.seed)

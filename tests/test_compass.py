@@ -163,7 +163,8 @@ def test_padding_stays_outside_all_losses(micro_model):
     [
         ("n_layers", 0, "is 0, must be a whole number above 0"), ("n_layers", 2.5, "is 2.5, must be a whole number above 0"),
         ("max_seq_len", True, "is True, must be a whole number above 0"), ("n_shared", -1, "is -1, must be a whole number of at least 0"),
-        ("norm_eps", float("nan"), "is nan, must be a number above 0"), ("z_weight", -0.1, "is -0.1, must be a number of at least 0"),
+        ("norm_eps", float("nan"), "is nan, must be a number above 0"), ("rope_base", float("inf"), "is inf, must be a number above 0"),
+        ("z_weight", -0.1, "is -0.1, must be a number of at least 0"),
         ("dim", 0, "is 0, must be a whole number above 0"), ("vocab_size", "x", "is 'x', must be a whole number above 0"),
         ("n_kv_heads", 3, "is 3, must divide n_heads 4"), ("head_dim", 7, "is 7, must be even"),
         ("top_k", 99, "is 99, more than n_experts 4"),
@@ -218,7 +219,8 @@ def test_by_document_and_flex_equal_a_dense_mask(micro_model, monkeypatch):
 
 @pytest.mark.parametrize("depth", (1, 2))
 def test_mtp_of_packed_documents_by_hand(micro_config, depth):
-    """Depth k starts from depth k - 1, sees token t+k and predicts t+k+1, never across the end of a document; the mean over depths."""
+    """Depth k starts from depth k - 1, sees token t+k and predicts t+k+1, never across the end of a document; the mean over depths.
+    A depth's sum is divided by the targets of the language model's loss, as DeepSeek-V3's eq. 24 divides it by T."""
     torch.manual_seed(0)
     model = Compass(dataclasses.replace(micro_config, mtp_depth=depth))
     documents, packed, _ = packed_and_alone(model)
@@ -231,7 +233,7 @@ def test_mtp_of_packed_documents_by_hand(micro_config, depth):
             logits_TV = model.head(model.norm(h_1TD))[0, : len(ids) - k - 1]
             nll[k - 1].append(F.cross_entropy(logits_TV, tokens_1T[0, k + 1 :], reduction="none"))
     losses, c = batch_loss(model, packed), model.config
-    torch.testing.assert_close(losses.mtp, sum(torch.cat(each).mean() for each in nll) / depth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.mtp, torch.cat(sum(nll, [])).sum() / packed["weights"].sum() / depth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses.total, losses.lm + c.aux_weight * losses.aux + c.z_weight * losses.z + c.mtp_weight * losses.mtp)
 
 
@@ -255,7 +257,7 @@ def test_mtp_by_hand(micro_config):
     h, _, rope, mask = model.hidden(tokens)
     predicted = model.head(model.norm(model.mtp[0](h, model.embedding(tokens.roll(-1, 1)), rope, mask)))
     # position t has seen token t+1 and predicts token t+2
-    torch.testing.assert_close(losses.mtp, F.cross_entropy(predicted[0, :8], tokens[0, 2:]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.mtp, F.cross_entropy(predicted[0, :8], tokens[0, 2:]) * 8 / 9, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name,total,active", [("v2_30b", 30.13, 5.22), ("v3_245b", 244.99, 70.94)])

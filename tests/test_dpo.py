@@ -299,3 +299,7 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
         load_model(load_latest(str(tmp_path), "reward"))
     online("otpo", otpo_objective(0.1), args, off_policy=True)
     assert latest_stage(str(tmp_path)) == "otpo"
+    torch.nn.init.ones_(micro_model.head.weight)
+    save_checkpoint(str(tmp_path / "sft2" / "step_1.pt"), micro_model, stage="sft2", **common)  # trained anew: another reference
+    with pytest.raises(ValueError, match=r"otpo was begun from sft2 \w{8}, and now it would be from sft2 \w{8}: delete"):
+        online("otpo", otpo_objective(0.1), argparse.Namespace(**{**vars(args), "resume": True}), off_policy=True)

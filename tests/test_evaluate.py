@@ -46,6 +46,9 @@ def test_the_last_stage_is_evaluated_whichever_it_is(micro_config, micro_tokeniz
         if stage in ("mtp", "drills"):
             report, _ = evaluate_stages(str(tmp_path), torch.device("cpu"), tasks("test", 0, 1)[:2], [{"text": "a", "lang": "en"}], 1)
             expected = {"mtp": ["long", "mtp"], "drills": ["long", "sft1", "drills", "without text"]}[stage]
+            if stage == "mtp":
+                with pytest.raises(ValueError, match="--samples 4: mtp answers plain text"):
+                    evaluate_stages(str(tmp_path), torch.device("cpu"), tasks("test", 0, 1)[:2], [], 4)
             assert list(report["accuracy"]) == expected and list(report["bits_per_byte"]) == expected[:3]
 
 
@@ -152,6 +155,8 @@ def test_answers_survive_a_kill(micro_model, micro_tokenizer, tmp_path, monkeypa
     with open(path, "rb+") as file:  # the last answer is torn
         file.seek(-5, 2)
         file.truncate()
+        file.seek(0, 2)
+        file.write(b"\n3\n")  # JSON, but no answer
     asked = []
 
     def watched(model, tokenizer, prompts, sampling):

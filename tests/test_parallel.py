@@ -274,7 +274,8 @@ def test_every_layout_equals_one_process(folder, world, name, layout, recompute)
         ours = dict(model.named_parameters())
         for key in gradients:
             torch.testing.assert_close(gradients[key], ours[key].grad, rtol=1e-5, atol=1e-6, msg=key)
-            torch.testing.assert_close(weights[key], ours[key], rtol=1e-4, atol=2e-5, msg=key)
+            moved = ours[key].grad.abs() > 1e-8  # below AdamW's eps its first step is made of the gradient's rounding
+            torch.testing.assert_close(weights[key][moved], ours[key][moved], rtol=1e-4, atol=2e-5, msg=key)
         seen.update(gradients)
     assert seen == ours.keys()  # the stages of a pipeline together
     if after:
@@ -340,6 +341,9 @@ def test_torn_shards_are_named_and_the_ones_before_them_used(folder, tmp_path, c
         load_checkpoint(newest)
     assert load_latest(run, "general")["step"] == 2 and "trying the one before it" in capsys.readouterr().out
     assert load_latest(run, "general", weights=False)["step"] == 2  # so that --resume does not call the stage finished
+    open(os.path.join(older, "manifest.json"), "w").write("{}")
+    with pytest.raises(ValueError, match="step_2.pt is torn or foreign: its manifest.json"):
+        load_checkpoint(older)
     os.remove(os.path.join(older, "manifest.json"))
     with pytest.raises(ValueError, match="holds no intact checkpoint"):
         load_latest(run, "general")

@@ -17,6 +17,7 @@ import kernels
 import lowbit
 import quantize
 from checkpoint import is_quantized, load_checkpoint, load_latest, load_model, save_checkpoint
+from cli import write_atomically
 from compass import CONFIGS, Compass, rope_table
 from generate import GREEDY, generate, load_for_inference
 from kernels import fp8_matmul, fp8_matmul_reference, int4_matmul, int4_matmul_reference, unpack_int4
@@ -463,6 +464,11 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     with pytest.raises(ValueError, match="other already holds a checkpoint of long"):  # whose tokenizer would be lost
         command("--run", run, "--out", other)
     assert os.listdir(other) == ["long"]
+    for held, name in (("reward/step_1.pt", "a checkpoint of reward"), ("tokenizer.tiktoken", "tokenizer.tiktoken")):
+        shutil.rmtree(other)
+        write_atomically(os.path.join(other, held), b"")
+        with pytest.raises(ValueError, match=f"other already holds {name}"):
+            command("--run", run, "--out", other)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "en.jsonl").write_text(json.dumps({"text": "a"}))
     with pytest.raises(ValueError, match="texts: no text of two tokens or more to calibrate on"):

@@ -39,7 +39,7 @@ def test_the_four_members(monkeypatch):
     import reward
 
     rows, fitted = SimpleNamespace(rows=range(20), per_step=8, batch=None), []
-    state = {"config": {"max_seq_len": 64}, "stage": "sft2"}
+    state = {"config": {"max_seq_len": 64}, "stage": "sft2", "origin": "sft2"}
     for name, stand_in in {
         "processes_with_whole_rows": lambda args: (torch.device("cpu"), None, None, state), "load_pairs": lambda *_: rows,
         "model_from": lambda *_: None, "RewardModel": lambda *_: torch.nn.Identity(), "encode_pairs": lambda *_: (),

@@ -233,7 +233,7 @@ def test_what_sft2_hears_depends_on_drills(before, expected, monkeypatch, tmp_pa
     import sft
 
     monkeypatch.setattr(sft, "stage_before", lambda *_: before)
-    monkeypatch.setattr(sft, "load_latest", lambda *_, **__: {})
+    monkeypatch.setattr(sft, "load_latest", lambda *_, **__: {"origin": ""})
     monkeypatch.setattr(sft, "inherit", lambda *_, **__: None)
     asked = []
     monkeypatch.setattr(sft, "training", lambda *given: asked.append(given) or [])

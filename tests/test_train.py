@@ -140,8 +140,11 @@ def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_pat
     assert made[-1].param_groups[0]["lr"] == pytest.approx(lr_at(4, schedule))
 
 
-def test_accumulation_has_one_global_denominator(micro_model, rows):
-    """Two micro-batches with very different numbers of targets give the gradient of the joint batch."""
+@pytest.mark.parametrize("depth", (0, 2))
+def test_accumulation_has_one_global_denominator(micro_config, rows, depth):
+    """Two micro-batches with very different numbers of targets give the gradient of the joint batch, MTP's too."""
+    torch.manual_seed(0)
+    micro_model = Compass(dataclasses.replace(micro_config, mtp_depth=depth, mtp_weight=1.0))
     joint = rows.batches(4, 4)(0)[0]
     joint["weights"][:2] *= (torch.rand(2, 64) < 0.1).float()
     joint["weights"][0, 5] = 1
@@ -289,7 +292,7 @@ def test_stages_of_one_folder_draw_their_own_order(micro_tokenizer, tmp_path, mo
     seen = []
     monkeypatch.setattr(script, "fit_stage", lambda model, batches, *rest: seen.append(batches(0)[0]["tokens"]))
     monkeypatch.setattr(script, "model_from", lambda *_, **__: Compass(CONFIGS["tiny"]))
-    state = dict(config=dataclasses.asdict(CONFIGS["tiny"]), tokenizer_hash=micro_tokenizer.hash, stage="general", step=1)
+    state = dict(config=dataclasses.asdict(CONFIGS["tiny"]), tokenizer_hash=micro_tokenizer.hash, stage="general", step=1, origin="general")
     monkeypatch.setattr(script, "load_latest", lambda *_, **__: state)
     for stage in ("general", "anneal", "general"):
         args = argparse.Namespace(config="tiny", run=str(tmp_path), data=str(tmp_path), steps=1, seed=0, resume=False)
@@ -308,6 +311,9 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows,
     assert load_latest(tmp_path, "general")["step"] == 8 and "step_12.pt" in capsys.readouterr().out
     resumed = train(micro_config, rows, tmp_path, steps=None, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    open(newest, "wb").write(hashlib.sha256().digest())  # the right checksum, of nothing
+    with pytest.raises(ValueError, match="step_12.pt is torn or foreign"):
+        load_checkpoint(newest)
     open(newest, "wb").write(b"foreign")
     os.remove(older)
     with pytest.raises(ValueError, match="holds no intact checkpoint: delete that folder and run `python train.py --run"):
@@ -491,6 +497,8 @@ def test_missing_stages_and_folders_are_named_with_the_command(script, tmp_path,
     for args, message in (
         (("sft.py", "--run", run), "run `python train.py --stage long"),
         (("train.py", "--run", run, "--stage", "anneal"), "run `python train.py --run"),
+        (("train.py", "--config", "tiny_v3", "--run", run, "--stage", "mtp"), "run `python train.py --stage long --run"),
+        (("train.py", "--config", "tiny_v3", "--run", run, "--stage", "reasoning"), "run `python train.py --config tiny_v3 --stage market"),
         (("generate.py", "--run", run), "run `python train.py"),
         (("evaluate.py", "--run", run), "run `python train.py"),
     ):
