@@ -22,7 +22,7 @@ import warnings
 import torch
 
 import cli
-from cli import InputError, write_atomically
+from cli import InputError, write_atomically, write_jsonl
 from compass import Compass, CompassConfig
 
 # in training order; the command that makes each stage
@@ -278,8 +278,7 @@ def read_metrics(run):
 def rewind_metrics(run, stage, step):
     """Drop a stage's entries from `step` on, so that a resumed run writes each step once."""
     kept = [entry for entry in read_metrics(run) if entry["stage"] != stage or entry["step"] < step]
-    lines = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_atomically(os.path.join(run, "metrics.jsonl"), lines.encode())
+    write_jsonl(os.path.join(run, "metrics.jsonl"), kept)
 
 
 def export(run, folder):
@@ -299,7 +298,7 @@ def export(run, folder):
     metrics = read_metrics(run)
     ends = {entry["stage"]: entry["step"] - LAST for entry in metrics}
     kept = [entry for entry in metrics if entry["step"] % LOGGED == 0 or entry["step"] > ends[entry["stage"]]]
-    write_atomically(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    write_jsonl(os.path.join(folder, "metrics.jsonl"), kept)
     here = os.path.dirname(os.path.abspath(__file__))
     asked = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     origin = {"stage": stage, "step": state["step"], "seed": state["seed"], "commit": asked or "not known"}

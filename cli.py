@@ -7,6 +7,7 @@ anything else is our bug and keeps its traceback.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -75,6 +76,11 @@ def write_atomically(path, content):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise InputError(f"{path}: could not be written ({error.strerror}); what was there before is intact") from None
+
+
+def write_jsonl(path, objects):
+    """`write_atomically` of one JSON object a line."""
+    write_atomically(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in objects).encode())
 
 
 def run(main):

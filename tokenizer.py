@@ -60,6 +60,9 @@ def to_bytes(chunk):
     return [bytes([byte]) for byte in chunk]
 
 
+words_of = regex.compile(PATTERN).findall
+
+
 def symbol(rank):
     """The one character that stands for a token while training (surrogates are skipped)."""
     return chr(rank if rank < 0xD800 else rank + 0x800)
@@ -72,20 +75,25 @@ def train_bpe(texts, vocab_size, max_token_chars=16):
     Every word is always held as the encoder would encode it. Stops early when no pair is left that
     occurs twice. Raises InputError when vocab_size is below 256.
     """
+    counts = Counter()
+    for text in texts:
+        counts.update(words_of(text))
+    return train_on_counts(counts, vocab_size, max_token_chars)
+
+
+def train_on_counts(counts, vocab_size, max_token_chars=16):
+    """train_bpe on {word: how often it occurs}; all that training needs of a corpus, and much less than its text."""
     if vocab_size < 256:
         raise InputError(f"vocab_size is {vocab_size}, must be at least 256 (the bytes)")
-    chunks, pattern = Counter(), regex.compile(PATTERN)
-    for text in texts:
-        chunks.update(pattern.findall(text))
     gc.disable()  # millions of lists and not one cycle: the collector would only cost time
     try:
-        return merge_pairs(list(chunks), list(chunks.values()), vocab_size, max_token_chars)
+        return merge_pairs(list(counts), list(counts.values()), vocab_size, max_token_chars)
     finally:
         gc.enable()
 
 
 def merge_pairs(words, freqs, vocab_size, max_token_chars):
-    """The loop of train_bpe over distinct words and how often each occurs."""
+    """The loop of training over distinct words and how often each occurs."""
     # A word is a str with one character per token: a pair is then a two-letter str, a merge a split and a join.
     words = [word.encode().decode("latin-1") for word in words]
     ranks = {bytes([i]): i for i in range(256)}
@@ -219,7 +227,8 @@ class Tokenizer:
         """
         messages = list(messages)
         for i, message in enumerate(messages):
-            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            fields = message if isinstance(message, dict) else {}
+            if fields.get("role") not in ROLES or not all(isinstance(x, str) for x in (fields.get("content"), fields.get("think", ""))):
                 raise InputError(f"message {i}: need a role ({', '.join(ROLES)}) and text, got {message!r}")
         if thinking:
             system = messages.pop(0)["content"] + "\n" if messages and messages[0]["role"] == "system" else ""
@@ -247,19 +256,20 @@ def train(documents, vocab_size, split=SPLIT):
     Text of no stated language goes to the main part. A part without text is skipped, and a line says so.
     """
     budget = vocab_size - len(SPECIAL_TOKENS)
-    texts = defaultdict(list)
+    counts = defaultdict(Counter)
     for document in documents:
+        words = words_of(document["text"])
         for part, languages in SUB_TOKENIZERS.items():
             if document["lang"] in languages or (part == "main" and document["lang"] is None):
-                texts[part].append(document["text"])
-    if not texts:
+                counts[part].update(words)
+    if not counts:
         raise InputError(f"no text to train on in any of the languages {', '.join(MAIN + EUROPEAN)} (every twentieth document is held out)")
     tables = []
     for part, share in zip(SUB_TOKENIZERS, split, strict=True):
-        if part not in texts:
+        if part not in counts:
             print(f"sub-tokenizer {part}: no text in its languages, skipped")
             continue
-        tables.append(train_bpe(texts[part], max(256, budget * share // 180)))
+        tables.append(train_on_counts(counts.pop(part), max(256, budget * share // 180)))
         print(f"sub-tokenizer {part}: {len(tables[-1])} tokens")
     ranks = merge_vocabularies(tables, budget)
     union = len(set().union(*tables))

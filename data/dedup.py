@@ -28,6 +28,7 @@ from data.extract import documents_of, processes
 P, R = 112, 8  # 14 bands of 8: half of the pairs at J = 0.68 become candidates, 99 % at 0.85
 SHINGLE = 5  # words; in Thai and Chinese, which write no spaces, characters
 THRESHOLD, GOOD = 0.8, 0.5
+FIRSTS = 64  # documents of a group that all others are compared with
 PRIME = np.uint64((1 << 31) - 1)
 A_P, B_P = np.random.default_rng(0).integers(1, PRIME, (2, P), dtype=np.uint64)
 
@@ -67,7 +68,11 @@ class Clusters:
 
 
 def near_duplicates(signatures_NP, threshold=THRESHOLD):
-    """Clusters of documents that share a band and agree in `threshold` of all values with the first of their group."""
+    """Clusters of documents that share a band and agree in `threshold` of all values with the first of their group.
+
+    What is not alike makes a group of its own, up to FIRSTS of them: pages of one template, thousands that share a band and differ
+    enough, would else cost their number squared. Duplicates among the rest mostly meet in other bands, where the template is not all.
+    """
     clusters = Clusters(len(signatures_NP))
     for start in range(0, P, R):
         band_NR = np.ascontiguousarray(signatures_NP[:, start : start + R])
@@ -76,7 +81,9 @@ def near_duplicates(signatures_NP, threshold=THRESHOLD):
         edges = np.flatnonzero(np.append(keys_N[order[1:]] != keys_N[order[:-1]], True)) + 1
         for begin, end in zip(np.append(0, edges[:-1]), edges, strict=True):
             bucket = order[begin:end]
-            while len(bucket) > 1:
+            for _ in range(FIRSTS):
+                if len(bucket) < 2:
+                    break
                 first, others = bucket[0], bucket[1:]
                 alike = (signatures_NP[others] == signatures_NP[first]).mean(axis=1) >= threshold
                 for other in others[alike]:

@@ -6,7 +6,6 @@ None for clean ones. Of two copies the first is clean and the later one at fault
     python -m data.noise --out crawl        # crawl/<lang>.jsonl, ready for python -m data.chain
 """
 
-import json
 import os
 import random
 
@@ -81,11 +80,9 @@ def documents(seed, per_language=400, share=0.4):
 
 def main():
     args = cli.parse(__doc__, "seed", out=dict(required=True, help="folder to write <lang>.jsonl to"))
-    os.makedirs(args.out, exist_ok=True)
     made = list(documents(args.seed))
     for lang in market.LANGUAGES:
-        with open(os.path.join(args.out, f"{lang}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in made if document["lang"] == lang)
+        cli.write_jsonl(os.path.join(args.out, f"{lang}.jsonl"), (document for document in made if document["lang"] == lang))
     print(f"{args.out}: {len(made)} documents, {sum(d['fault'] is not None for d in made)} with a planted fault")
 
 

@@ -80,11 +80,10 @@ def main():
         for pair in preferences("train", args.seed, len(SOURCES)):
             print(json.dumps(pair, ensure_ascii=False))
         return
-    os.makedirs(args.out, exist_ok=True)
     for split, per_language in (("train", 1500), ("test", 60)):
-        with open(os.path.join(args.out, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in preferences(split, args.seed, per_language))
-        print(f"{file.name}: {8 * per_language} pairs")
+        path = os.path.join(args.out, f"{split}.jsonl")
+        cli.write_jsonl(path, preferences(split, args.seed, per_language))
+        print(f"{path}: {8 * per_language} pairs")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ question and answer say the same (1 - cosine); what lies in no cluster is rare a
     python -m data.tasks --out tasks && python -m data.selection --data tasks/train.jsonl --out selected.jsonl --keep 0.3
 """
 
-import json
-import os
 import re
 import zlib
 
@@ -127,9 +125,7 @@ def main():
         raise InputError(f"--keep is {args.keep}, must be over 0 and at most 1")
     tasks = read_tasks(args.data)
     selected, report = select(tasks, args.keep, args.seed)
-    with open(args.out + ".part", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(task, ensure_ascii=False) + "\n" for task in selected)
-    os.replace(args.out + ".part", args.out)
+    cli.write_jsonl(args.out, selected)
     print(", ".join(f"{value:,} {key}" for key, value in report.items()))
 
 

@@ -398,11 +398,10 @@ def main():
         for task in tasks("train", args.seed, 2):
             print(json.dumps(task, ensure_ascii=False))
         return
-    os.makedirs(args.out, exist_ok=True)
     for split, made in (("train", training(args.seed, 2000)), ("test", tasks("test", args.seed, 10))):
-        with open(os.path.join(args.out, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(task, ensure_ascii=False) + "\n" for task in made)
-        print(f"{file.name}: {len(made)} tasks")
+        path = os.path.join(args.out, f"{split}.jsonl")
+        cli.write_jsonl(path, made)
+        print(f"{path}: {len(made)} tasks")
 
 
 if __name__ == "__main__":

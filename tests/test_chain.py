@@ -5,17 +5,20 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 from data import chain, dedup, filters, langid, market, noise, quality, reader, shards
+from data.download import download
 from data.extract import decode_html, documents_of, html_to_text, read_warc
 from tokenizer import Tokenizer, train_bpe
 from train import Tokenised, TokenRows
@@ -557,6 +560,36 @@ def test_a_name_that_is_not_utf8_is_shown_and_kept(tmp_path, capsys):
     assert "not read: 1 (caf\ufffd.pdf)" in capsys.readouterr().out
 
 
+def test_duplicates_among_many_pages_of_one_template():
+    """300 pages that share a band and little else, each there twice: more groups than all are compared with, and every copy is found."""
+    signatures = np.random.default_rng(0).integers(0, 1 << 31, (300, dedup.P), dtype=np.uint32)
+    signatures[:, : dedup.R] = 7
+    clusters = dedup.near_duplicates(np.concatenate((signatures, signatures)))
+    assert [clusters.find(i) for i in range(600)] == [*range(300), *range(300)]
+
+
+def test_download_from_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "cached").write_bytes(b"12345")
+    entries = [SimpleNamespace(path="data"), SimpleNamespace(path="data/a.parquet", size=5), SimpleNamespace(path="data/b.parquet", size=5)]
+    monkeypatch.setattr(hub.HfApi, "list_repo_tree", lambda self, name, recursive, repo_type: entries)
+
+    def fetched(dataset, name, repo_type):
+        if name == "data/b.parquet":
+            raise ConnectionError("no network")
+        return tmp_path / "cached"
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetched)
+    out = str(tmp_path / "out")
+    assert download("some/set", "data/a*", out) == [f"{out}/data_a.parquet"]
+    with pytest.raises(ValueError, match="some/set: the hub does not give data/b.parquet .no network"):
+        download("some/set", "*", out)
+    assert os.listdir(out) == ["data_a.parquet"]
+    entries[1].size = 6
+    with pytest.raises(ValueError, match="data_a.parquet is there already and is not that of other/set, which has 6 bytes"):
+        download("other/set", "*", out)
+
+
 def test_download_from_a_local_folder_and_parquet(tmp_path, script):
     import pyarrow
     import pyarrow.parquet
@@ -590,6 +623,10 @@ def test_download_from_a_local_folder_and_parquet(tmp_path, script):
         (tmp_path / "bad" / "b.jsonl").write_text('{"text": "x", "quality": 0.5}\n{"text": "y", "quality": ' + value + "}")
         with pytest.raises(ValueError, match='b.jsonl:2: field "quality" is no number from 0 to 1'):
             list(documents_of(str(tmp_path / "bad" / "b.jsonl")))
+    shutil.copytree(tmp_path / "hub", tmp_path / "other")
+    (tmp_path / "other" / "data" / "ind_Latn" / "001.parquet").write_bytes(b"of another dataset")
+    mixed = script(*command[:3], tmp_path / "other", *command[4:])
+    assert mixed.returncode == 2 and "001.parquet is there already and is not that of" in mixed.stderr
     (tmp_path / "hub" / "data" / "ind").mkdir()
     (tmp_path / "hub" / "data" / "ind" / "Latn_000.parquet").write_bytes(b"")
     twice = script(*command[:4], "--match", "*.parquet", "--out", tmp_path / "new")

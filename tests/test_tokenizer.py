@@ -134,7 +134,8 @@ def test_a_users_system_message_stays_before_the_switch(tokenizer):
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize("message", [{"role": "system"}, {"role": "tool", "content": "x"}, {"role": "user", "content": None}])
+@pytest.mark.parametrize("message", [{"role": "system"}, {"role": "tool", "content": "x"}, {"role": "user", "content": None}, "hi",
+                                     {"role": "assistant", "content": "x", "think": 3}])  # fmt: skip
 def test_a_message_without_role_or_text_is_named(tokenizer, message, thinking):
     with pytest.raises(ValueError, match="message 1: need a role"):
         tokenizer.encode_chat([{"role": "user", "content": "hi"}, message], thinking=thinking)
