@@ -6,7 +6,7 @@ natural ones, whose answers are a right and a wrong one or a short and a long on
 held-out pairs and tasks: how often the chosen answer gains more probability than the rejected one, how often it is the likelier
 one, what it gains in nats a token, accuracy and length of free answers. The picture shows the weights of two real pairs.
 
-    python -m benchmarks.token_weights --run checkpoints/tiny      # about 20 minutes on two cores
+    python -m benchmarks.token_weights --run checkpoints/tiny      # about 25 minutes on two cores
 """
 
 import copy
@@ -32,7 +32,7 @@ from report import save, table
 from reward import PAIRS, Pairs, encode_pairs
 from train import Schedule
 
-SEEDS, STEPS, PEAK, BETAS = 3, 100, 3e-5, (0.03, 0.1, 0.3)
+SEEDS, STEPS, PEAK, BETAS = 3, 100, 3e-5, (0.1, 0.3, 1.0, 3.0)
 WEIGHTS = {"DPO": "ones", "uniform": "uniform", "OTPO": "transport"}
 KINDS = {"decisive": ("decisive",), "natural": ("answer", "format")}
 
