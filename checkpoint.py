@@ -304,7 +304,8 @@ def export(run, folder):
     origin = {"stage": stage, "step": state["step"], "seed": state["seed"], "commit": asked or "not known"}
     write_atomically(os.path.join(folder, "origin.json"), json.dumps(origin, indent=1).encode())
     path = os.path.join(folder, stage, f"step_{state['step']}.pt")
-    save_checkpoint(path, model, step=state["step"], stage=stage, tokenizer_hash=state["tokenizer_hash"], seed=state["seed"])
+    known = {key: state[key] for key in ("step", "base", "tokenizer_hash", "seed")}
+    save_checkpoint(path, model, stage=stage, **known)
     if state["step"] < state.get("planned", 0):
         print(f"{stage} was stopped at step {state['step']} of {state['planned']}, which the exported checkpoint does not say")
     size = sum(os.path.getsize(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)

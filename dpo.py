@@ -211,6 +211,8 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
             model.load_state_dict(load_latest(args.run, name, device)["model"])
             continue
         examples = tasks("train", f"{stage}-{args.seed}-{turn}", PROMPTS)
+        if state["stage"] in ("sft1", "pairs"):  # which have seen no thought, so that none is asked for
+            examples = [{key: value for key, value in task.items() if key != "think"} for task in examples]
         prompts, completions = sample_answers(model, tokenizer, examples, SAMPLES, args.seed + turn)
         pairs = Pairs(*label(tokenizer, examples, prompts, completions, judge, off_policy), model.config.max_seq_len, args.seed)
         add_reference(pairs, reference)

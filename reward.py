@@ -17,6 +17,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import cli
 from checkpoint import checkpoints, discard, inherit, latest_stage, load_latest, save_checkpoint
@@ -124,18 +125,13 @@ class Pairs:
 
     def assemble(self, chosen):
         """The pairs with these indices as one batch: tokens, mask, doc_ids (2n, T), reference (2n, T) once known, weights (n,)."""
-        rows = [self.rows[i][side] for side in (0, 1) for i in chosen]
-        width = max(len(ids) for ids, _ in rows)
-        batch = {
-            "tokens": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
-            "mask": torch.tensor([mask + [0] * (width - len(mask)) for _, mask in rows]),
-            "doc_ids": torch.tensor([[0] * len(ids) + [-1] * (width - len(ids)) for ids, _ in rows]),
-            "weights": torch.ones(len(chosen)),
-        }
+        places = [(i, side) for side in (0, 1) for i in chosen]
+        tokens, mask = ([torch.tensor(self.rows[i][side][what]) for i, side in places] for what in (0, 1))
+        batch = {"tokens": tokens, "mask": mask, "doc_ids": [torch.zeros_like(ids) for ids in tokens]}
         if self.reference is not None:
-            logps = [self.reference[i][side] for side in (0, 1) for i in chosen]
-            batch["reference"] = torch.stack([F.pad(logp, (0, width - len(logp))) for logp in logps])
-        return batch
+            batch["reference"] = [self.reference[i][side] for i, side in places]
+        padded = {name: pad_sequence(rows, batch_first=True, padding_value=-(name == "doc_ids")) for name, rows in batch.items()}
+        return {**padded, "weights": torch.ones(len(chosen))}
 
     def batch(self, step):
         n, k = len(self.rows), self.per_step

@@ -252,6 +252,25 @@ def test_kl_by_hand():
     assert metrics["chosen_drift"].item() == pytest.approx(0.5 / 2) and metrics["logp_chosen"].item() == pytest.approx(-3)
 
 
+@pytest.mark.parametrize("stage", ["sft1", "sft2"])
+def test_rounds_ask_for_thoughts_where_they_were_taught(stage, micro_model, micro_tokenizer, tmp_path, monkeypatch):
+    micro_tokenizer.save(tmp_path)
+    common = dict(tokenizer_hash=micro_tokenizer.hash, step=1)
+    save_checkpoint(str(tmp_path / stage / "step_1.pt"), micro_model, stage=stage, **common)
+    save_checkpoint(str(tmp_path / "reward" / "step_1.pt"), RewardModel(micro_model), stage="reward", **common)
+    asked = []
+
+    def sampled(model, tokenizer, examples, n, seed):
+        asked.extend(examples)
+        raise StopIteration
+
+    monkeypatch.setattr("dpo.sample_answers", sampled)
+    args = argparse.Namespace(run=str(tmp_path), data=None, device="cpu", seed=0, steps=4, resume=False, rounds=1, parallel=None)
+    with pytest.raises(StopIteration):
+        online("dpo", dpo_objective(0.1), args)
+    assert any("think" in task for task in asked) == (stage == "sft2") and len(asked) > 100
+
+
 def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, monkeypatch, capsys):
     """Two rounds with fabricated samples: the second starts from the first, the reference stays, a finished round is not sampled again."""
     micro_tokenizer.save(tmp_path)

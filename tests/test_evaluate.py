@@ -52,6 +52,19 @@ def test_the_last_stage_is_evaluated_whichever_it_is(micro_config, micro_tokeniz
             assert list(report["accuracy"]) == expected and list(report["bits_per_byte"]) == expected[:3]
 
 
+@pytest.mark.parametrize("base,thinks", [("sft1 01234567, --beta 0.1", False), ("sft2 01234567, --beta 0.1", True), ("", True)])
+def test_a_stage_is_asked_to_think_where_its_base_was_taught_to(base, thinks, micro_config, micro_tokenizer, tmp_path, monkeypatch):
+    micro_tokenizer.save(tmp_path)
+    model = Compass(dataclasses.replace(micro_config, max_seq_len=256))
+    save_checkpoint(str(tmp_path / "dpo" / "step_1.pt"), model, step=1, stage="dpo", base=base, tokenizer_hash=micro_tokenizer.hash)
+    asked = []
+    monkeypatch.setattr("evaluate.answer_tasks", lambda m, t, some, thinking, **_: asked.append(thinking) or [("", "")] * len(some))
+    for name in ("retrieval", "thinking_switch", "multiple_choice", "sample_chats"):
+        monkeypatch.setattr(f"evaluate.{name}", lambda *args, **kwargs: {})
+    evaluate_stages(str(tmp_path), torch.device("cpu"), tasks("test", 0, 1)[:2], [{"text": "a", "lang": "en"}], 1)
+    assert asked == [thinks, thinks]  # with and without text
+
+
 def test_what_is_equal_without_its_text_is_asked_and_counted_once(micro_config, micro_tokenizer, tmp_path, monkeypatch):
     """Two pages, one question: the interval without text is that of a single task."""
     micro_tokenizer.save(tmp_path)

@@ -203,9 +203,10 @@ def test_an_exported_log_gives_the_same_losses(micro_config, micro_tokenizer, tm
     assert stage_losses(entries)[0] == stage_losses(kept)[0] == {"general": pytest.approx(expected)}
     old = [entry for entry in kept if entry["step"] % 100 == 0]  # an export that has one of these steps
     assert stage_losses(old)[0] == {"general": entries[1200]["lm"]}
-    save_checkpoint(str(tmp_path / "general" / "step_1234.pt"), Compass(micro_config), step=1234, planned=2000, stage="general")
+    save_checkpoint(str(tmp_path / "general" / "step_1234.pt"), Compass(micro_config), step=1234, planned=2000, stage="general", base="x")
     checkpoint.export(tmp_path, tmp_path / "halfway")
     assert "general was stopped at step 1234 of 2000, which" in capsys.readouterr().out
+    assert load_latest(tmp_path / "halfway", "general")["base"] == "x"
 
 
 def test_what_was_begun_otherwise_is_not_resumed(micro_config, rows, tmp_path):
