@@ -21,6 +21,7 @@ import random
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +46,15 @@ class Sampling:
 
     def fault(self):
         """What is wrong with the settings, as a sentence, or None."""
-        number, heat, budget = lambda x: isinstance(x, (int, float)), self.temperature, self.think_budget
+        number, whole = lambda x: isinstance(x, Real), lambda x: isinstance(x, Integral)  # numpy's, too
+        heat, budget = self.temperature, self.think_budget
         checks = {
-            "max_tokens": (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number of at least 1"),
+            "max_tokens": (whole(self.max_tokens) and self.max_tokens >= 1, "a whole number of at least 1"),
             "temperature": (number(heat) and (heat == 0 or 1e-6 <= heat < float("inf")), "0 or at least 1e-6"),
-            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0"),
+            "top_k": (whole(self.top_k) and self.top_k >= 0, "a whole number of at least 0"),
             "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             "repetition": (number(self.repetition) and 1e-6 <= self.repetition <= 1e6, "from 1e-6 to 1e6"),
-            "think_budget": (budget is None or isinstance(budget, int) and budget >= 0, "a whole number of at least 0"),
+            "think_budget": (budget is None or whole(budget) and budget >= 0, "a whole number of at least 0"),
         }  # fmt: skip
         return next((f"{name} is {getattr(self, name)}, must be {need}" for name, (fine, need) in checks.items() if not fine), None)
 
@@ -90,7 +92,7 @@ def draw(probs_BK, ids_BK, u_B1):
     """One id per row by inverse transform of u, uniform in [0, 1), fp64."""
     if probs_BK.shape[1] == 1:
         return ids_BK.squeeze(1)
-    cdf_BK = probs_BK.cumsum(-1).double()
+    cdf_BK = probs_BK.cumsum(-1, dtype=torch.float64)
     pick_B1 = torch.searchsorted(cdf_BK, u_B1 * cdf_BK[:, -1:], right=True).clamp_max(probs_BK.shape[1] - 1)
     return (pick_B1 if ids_BK is None else ids_BK.gather(1, pick_B1)).squeeze(1)
 
@@ -182,7 +184,7 @@ class Engine:
         if not all(0 <= i < self.tokenizer.n_vocab for i in request.prompt):
             return f"{name} holds a token id outside the vocabulary 0..{self.tokenizer.n_vocab - 1}"
         if not all(isinstance(stop, str) and stop for stop in request.stops):
-            return f"{name} has an empty stop string"
+            return f"{name} has an empty stop string, or a stop that is no text"
 
     def cancel(self, request):
         """End a request where it stands; what it has said stays in it."""
@@ -257,8 +259,13 @@ class Engine:
                 self.live[row] = moved
                 self.cache.write(row, self.cache, last, len(moved.prompt) + len(moved.ids))
                 self.cache.first_B[row], self.seen_RV[row] = self.cache.first_B[last], self.seen_RV[last]
-        if entering:
+        try:
             self._prefill(entering)
+        except BaseException:  # out of memory, Ctrl-C: what has no keys yet waits on, or it would read those of the row's last request
+            for row, request in reversed(entering):
+                self.live[row], self.cache.first_B[row] = None, 0
+                self.waiting.appendleft(request)
+            raise
 
     def _prefill(self, entering):
         """Fill the slots of all prompt tokens but the last, each prompt once for all requests that enter or wait."""

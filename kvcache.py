@@ -62,7 +62,8 @@ class KVCache:
         self.bias_XQM = None  # plainly causal: every row begins at slot 0
         if self.used > T or self.shared:
             hidden_BTM = torch.arange(self.used, device=positions_BT.device) > self.slots_BT.unsqueeze(-1)
-            bias_BTM = self.k.new_zeros(hidden_BTM.shape).masked_fill_(hidden_BTM, -torch.inf)
+            wide = torch.promote_types(self.k.dtype, torch.float32)  # of scores and softmax: in bf16 they would lose most
+            bias_BTM = self.k.new_zeros(hidden_BTM.shape, dtype=wide).masked_fill_(hidden_BTM, -torch.inf)
             self.bias_XQM = bias_BTM[:, None, None].expand(B, self.groups, self.per_group, T, -1).reshape(B * self.groups, -1, self.used)
 
     def attend(self, layer, q_BHTC, k_BGTC, v_BGTC):
@@ -72,13 +73,13 @@ class KVCache:
         if self.bias_XQM is None:
             return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True, enable_gqa=True)
         (B, H, T, C), G = q_BHTC.shape, self.groups
-        q_XQC = q_BHTC.reshape(B * G, -1, C).to(self.k.dtype) * C**-0.5  # heads that share keys are so many more queries
+        q_XQC = q_BHTC.reshape(B * G, -1, C).to(self.bias_XQM.dtype) * C**-0.5  # heads that share keys are so many more queries
         k_XMC, v_XMC = (x[layer, :, :, : self.used].flatten(0, 1) for x in (self.k, self.v))
-        scores_XQM = torch.baddbmm(self.bias_XQM, q_XQC, k_XMC.transpose(1, 2))
+        scores_XQM = torch.baddbmm(self.bias_XQM, q_XQC, k_XMC.to(q_XQC.dtype).transpose(1, 2))
         if self.shared:
             y_BGQC = self._attend_with_prefixes(layer, q_XQC.view(B, G, -1, C), scores_XQM, v_XMC)
         else:
-            y_BGQC = scores_XQM.softmax(-1) @ v_XMC
+            y_BGQC = scores_XQM.softmax(-1).to(v_XMC.dtype) @ v_XMC
         return y_BGQC.view(B, H, T, C).to(q_BHTC.dtype)
 
     def _attend_with_prefixes(self, layer, q_BGQC, scores_XQM, v_XMC):
@@ -88,14 +89,14 @@ class KVCache:
         before_BGQP = None
         for prefix, rows in self.shared:
             q_GNC = q_BGQC[rows].transpose(0, 1).reshape(G, -1, C)
-            scores_BGQP = torch.bmm(q_GNC, prefix.k[layer, 0].transpose(1, 2)).unflatten(1, (-1, Q)).transpose(0, 1)
+            scores_BGQP = torch.bmm(q_GNC, prefix.k[layer, 0].to(q_GNC.dtype).transpose(1, 2)).unflatten(1, (-1, Q)).transpose(0, 1)
             if len(scores_BGQP) == B:  # the only prefix, of every row
                 before_BGQP = scores_BGQP
                 break
             if before_BGQP is None:
                 before_BGQP = q_BGQC.new_full((B, G, Q, longest), -torch.inf)
             before_BGQP[rows, :, :, : prefix.k.shape[3]] = scores_BGQP
-        probs_BGQM = torch.cat((before_BGQP, scores_XQM.view(B, G, Q, -1)), -1).softmax(-1)
+        probs_BGQM = torch.cat((before_BGQP, scores_XQM.view(B, G, Q, -1)), -1).softmax(-1).to(v_XMC.dtype)
         y_BGQC = torch.bmm(probs_BGQM[..., longest:].flatten(0, 1), v_XMC).view(B, G, Q, C)
         for prefix, rows in self.shared:
             P = prefix.k.shape[3]

@@ -90,7 +90,8 @@ class MoE(nn.Module):
         return grouped_swiglu(x_RD, counts_E, self.gate_up_ED2F, self.down_EFD)
 
     def every_expert(self, x_ND, weights_NK, index_NK):
-        """What permute, `experts` and unpermute give, by asking all experts about all tokens and weighing most answers with 0."""
+        """What permute, `experts` and unpermute give, by asking all experts about all tokens and weighing most answers with 0 (an expert
+        that is not finite so spoils all tokens, not its own alone)."""
         gate_ENF, up_ENF = (x_ND @ self.gate_up_ED2F).chunk(2, dim=-1)
         weights_NE = torch.zeros(len(x_ND), self.n_experts, dtype=weights_NK.dtype, device=x_ND.device).scatter_(1, index_NK, weights_NK)
         h_ENF = F.silu(gate_ENF) * up_ENF * weights_NE.T.unsqueeze(-1)

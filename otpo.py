@@ -26,11 +26,11 @@ from dpo import BETA, preference_metrics, token_logprobs, tune
 
 def contraction(reg, reg_marginal):
     """f = reg_marginal / (reg_marginal + reg); a sweep shrinks the error of the potentials by f². Raises InputError below reg 0.05 and
-    where reg_marginal is not above 0."""
-    if reg < 0.05:
+    where reg_marginal is not above 0 and at most 100 reg, which takes 926 sweeps."""
+    if not 0.05 <= reg < math.inf:
         raise InputError(f"reg is {reg}; below 0.05 the sweeps do not converge in fp32")
-    if reg_marginal <= 0:
-        raise InputError(f"reg_marginal is {reg_marginal}, must be above 0")
+    if not 0 < reg_marginal <= 100 * reg:
+        raise InputError(f"reg_marginal is {reg_marginal}, must be above 0 and at most 100 times reg, {reg}")
     return reg_marginal / (reg_marginal + reg)
 
 

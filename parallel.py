@@ -70,6 +70,7 @@ def layout_of(text, world, config):
     for axis, what, number in (
         ("ep", "n_experts", config.n_experts), ("tp", "n_kv_heads", config.n_kv_heads),
         ("tp", "n_shared * expert_dim", config.n_shared * config.expert_dim),
+        ("tp", "(top_k + n_shared) * expert_dim", (config.top_k + config.n_shared) * config.expert_dim * bool(config.mtp_depth)),
     ):  # fmt: skip
         if number % getattr(layout, axis):
             raise InputError(f"--parallel {axis}={getattr(layout, axis)} must divide {what}, which is {number}")

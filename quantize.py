@@ -199,7 +199,7 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    if group < 32 or group & (group - 1):
+    if method in ("awq", "rtn") and (group < 32 or group & (group - 1)):
         raise InputError(f"groups of {group} inputs: must be a power of two and at least 32, which the kernels take")
     if not calibration:
         raise InputError("no calibration batches: the quantizer must see some tokens")

@@ -100,10 +100,12 @@ def length_buckets(lengths, tokens, rng, least=1, window=4096):
                 batches.append(batch)
                 batch = []
             batch.append(i)
-        if len(batch) < least and batches:  # what is left over
-            batches[-1] += batch
-        else:
-            batches.append(batch)
+        if len(batch) < least and batches:  # what is left over is filled up from the batch before, or joins it
+            batch = batches.pop() + batch
+            if len(batch) >= 2 * least:
+                batches.append(batch[:-least])
+                batch = batch[-least:]
+        batches.append(batch)
     rng.shuffle(batches)
     return batches
 

@@ -49,6 +49,8 @@ def assemble(rows, length):
         at = 0
         for doc, (ids, mask) in enumerate(row):
             end = at + len(ids)
+            if end > length:
+                raise InputError(f"row {b} of a batch holds more than its {length} tokens")
             tokens[b, at:end], doc_ids[b, at:end], positions[b, at:end] = ids, doc, np.arange(len(ids))
             # the last token of a document has no target, so no document's first token is ever predicted
             targets[b, at : end - 1], weights[b, at : end - 1] = ids[1:], mask[1:]

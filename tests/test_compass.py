@@ -18,6 +18,7 @@ from compass import (
     init_parameter,
     rope_table,
 )  # fmt: skip
+from kvcache import KVCache
 from train import assemble
 
 
@@ -80,6 +81,13 @@ def test_chunked_loss_under_autocast():
     reference = F.cross_entropy(h @ head.T, target)
     for ours, theirs in zip(torch.autograd.grad(loss, (h, head)), torch.autograd.grad(reference, (h, head)), strict=True):
         assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_small_losses_survive_large_logits():
+    h = torch.tensor([[1.0, 0.0]]) * 1e4
+    head = torch.tensor([[1.0, 0.0], [1.0 - 1e-3, 0.0]])
+    nll = chunked_cross_entropy(h, head, torch.tensor([0]), torch.ones(1))[1]
+    torch.testing.assert_close(nll, F.cross_entropy(h @ head.T, torch.tensor([0]), reduction="none"), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +187,12 @@ def test_a_bad_config_is_named(micro_config, field, value, message):
 def test_widths_that_bf16_cannot_group_are_named(micro_config, field):
     with pytest.raises(ValueError, match=f"config field {field} is 36, must be a multiple of 8"):
         Compass(dataclasses.replace(micro_config, **{field: 36}))
+
+
+def test_documents_in_a_cache_are_refused(micro_model):
+    tokens = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="each row of a cache is one document"):
+        micro_model(tokens, doc_ids_BT=torch.zeros_like(tokens), cache=KVCache(micro_model.config, 1, 3, "cpu"))
 
 
 def test_total_is_the_weighted_sum(micro_model):

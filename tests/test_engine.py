@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,7 +289,48 @@ def test_settings_out_of_range_are_named(micro_model, micro_tokenizer):
             request = engine.submit([1], dataclasses.replace(GREEDY, **{name: value}))
             assert request.done and request.error.startswith(f"{name} is {value}, must be")
     assert not engine.step()
+    assert "a stop that is no text" in engine.submit([1], GREEDY, stops=[3]).error
+    assert not Sampling(max_tokens=np.int64(5), temperature=np.float32(0.5)).fault()
     assert engine.submit([1], GREEDY, stops="2,").stops == ("2,",)  # one string, not its letters
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+def test_a_prefill_that_fails_leaves_its_requests_waiting(micro_model, micro_tokenizer, monkeypatch, rows):
+    """Out of memory, or Ctrl-C, while prompts are prefilled: a row must not go on with the keys of its last request."""
+    engine = Engine(micro_model, micro_tokenizer, rows=rows)
+    for i in range(rows):
+        engine.submit([i, 7, 9, 11], GREEDY)
+    engine.run()
+    fresh = [engine.submit([20 + i, 21, 22, 23, 24], dataclasses.replace(GREEDY, max_tokens=9)) for i in range(2 * rows)]
+    hidden = micro_model.hidden
+    monkeypatch.setattr(micro_model, "hidden", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [request.prompt for request in engine.waiting] == [request.prompt for request in fresh] and not any(engine.live)
+    monkeypatch.setattr(micro_model, "hidden", hidden)
+    engine.run()
+    for request in fresh:
+        [alone] = generate(micro_model, micro_tokenizer, [list(request.prompt)], request.sampling)
+        assert request.ids == alone.ids
+    assert not engine.users and not engine.prefixes
+
+
+@pytest.mark.parametrize("shared", (False, True))
+def test_attention_over_the_cache_is_as_precise_in_bf16_as_torchs(shared):
+    g, config = torch.Generator().manual_seed(0), dataclasses.replace(CONFIGS["tiny"], n_layers=1, head_dim=128)
+    q_BHTC, k_BGMC, v_BGMC = (torch.randn(2, n, m, 128, generator=g) * s for n, m, s in ((8, 1, 2.0), (4, 512, 2.0), (4, 512, 1.0)))
+    k_BGMC, v_BGMC = (x[:1].expand(2, -1, -1, -1) for x in (k_BGMC, v_BGMC)) if shared else (k_BGMC, v_BGMC)
+    low = [x.bfloat16() for x in (q_BHTC, k_BGMC, v_BGMC)]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in low), enable_gqa=True)
+    torchs = F.scaled_dot_product_attention(*low, attn_mask=torch.ones(1, 512, dtype=torch.bool), enable_gqa=True)
+    cache = KVCache(config, 2, 512, "cpu", torch.bfloat16)
+    cache.k[0, :, :, :511], cache.v[0, :, :, :511] = (x[:, :, :511] for x in low[1:])
+    if shared:  # all but the last token is a common prefix; it alone lies in slot 0
+        cache.shared, cache.first_B = [(cache.prefix(0, 511), slice(None))], torch.tensor([511, 511])
+    cache.advance(torch.full((2, 1), 511))
+    ours = cache.attend(0, low[0], *(x[:, :, 511:] for x in low[1:]))
+    errors = [(x.double() - exact).norm() / exact.norm() for x in (ours, torchs)]
+    assert errors[0] < 1.6 * errors[1] < 0.006
 
 
 def test_a_moved_row_and_a_poisoned_row(micro_model, micro_tokenizer):

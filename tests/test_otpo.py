@@ -144,6 +144,9 @@ def test_bad_input_is_named():
         ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), reg=0.01)
     with pytest.raises(ValueError, match="reg_marginal is 0"):
         ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), reg_marginal=0)
+    for settings in ({"reg": math.inf}, {"reg": math.nan}, {"reg_marginal": math.inf}, {"reg_marginal": math.nan}, {"reg_marginal": 101}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} is {next(iter(settings.values()))}"):  # a hang, or nan
+            ot_token_weights(h_c, h_r, m_c, torch.ones_like(m_r), **settings)
     with pytest.raises(ValueError, match="reg is 0.01"):
         sinkhorn(torch.zeros(1, 1, 1), torch.ones(1, 1), torch.ones(1, 1), 0.01, 0.2, 5)
 

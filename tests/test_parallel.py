@@ -444,6 +444,13 @@ def test_layouts_that_cannot_be_are_named(text, world, message):
         layout_of(text, world, CONFIGS["tiny"])
 
 
+def test_tensor_parallelism_divides_the_dense_block_of_mtp():
+    config = dataclasses.replace(CONFIGS["tiny_v3"], n_heads=6, n_kv_heads=3, n_shared=3, expert_dim=64, dim=48)
+    with pytest.raises(ValueError, match=r"tp=3 must divide \(top_k \+ n_shared\) \* expert_dim, which is 320"):
+        layout_of("tp=3", 3, config)
+    assert layout_of("tp=3", 3, dataclasses.replace(config, mtp_depth=0)).tp == 3
+
+
 def test_batches_that_cannot_be_spread_or_cut_are_named():
     ranks = argparse.Namespace(count=4, index=3, layout=Layout(cp=2))
     pair_of_rows = {"weights": torch.zeros(4, 2), "tokens": torch.arange(8).view(8, 1)}

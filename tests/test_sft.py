@@ -114,6 +114,11 @@ def test_a_step_has_about_the_same_tokens_whatever_the_longest_conversation(micr
         assert 0.6 * CAPACITY * ROWS < chats.batch(0)[0]["tokens"].numel() <= max(1.5 * CAPACITY * ROWS, chats.capacity)
 
 
+def test_a_row_wider_than_its_batch_is_named():
+    with pytest.raises(ValueError, match="row 1 of a batch holds more than its 256 tokens"):
+        collate([([1] * 200, [1] * 200), ([1] * 300, [1] * 300)], [[0], [1]])
+
+
 def test_length_buckets_hold_everything_once_and_waste_little():
     for _, lengths in distributions():
         batches = length_buckets(lengths, 2048, random.Random(0))
@@ -127,6 +132,9 @@ def test_many_ranks_have_a_row_each_in_every_step(micro_tokenizer):
     lengths = [rng.randint(40, 200) for _ in range(500)] + [900] * 3
     batches = length_buckets(lengths, 1536, rng, least=4)
     assert sorted(i for members in batches for i in members) == list(range(len(lengths))) and min(map(len, batches)) >= 4
+    longest = [4000, 4001, 4002]  # what is left over takes one more row from the batch before, which stays narrow
+    batches = length_buckets([rng.randint(15, 24) for _ in range(4000)] + longest, 1536, rng, least=4)
+    assert sorted(map(len, batches))[0] == 4 and max(len(batch) for batch in batches if {4000, 4001, 4002} & set(batch)) == 4
     examples = [(task, False) for task in tasks("train", 0, 2)]
     for ranks, stages, rows in ((1, 1, 5), (4, 1, 5), (16, 1, 16), (1, 2, 6), (1, 4, 8), (4, 2, 8), (16, 2, 32)):
         assert len(Chats(examples, micro_tokenizer, 1024, 0, ranks=ranks, stages=stages).batch(0)[0]["tokens"]) == rows
