@@ -40,6 +40,8 @@ def parse(doc, *names, argv=None, **extra):
     for name, settings in extra.items():
         parser.add_argument(name if "nargs" in settings else f"--{name}", **settings)
     args = parser.parse_args(argv)
+    if "LOCAL_RANK" in os.environ and "parallel" not in names:
+        parser.error("this script runs in one process: start it without torchrun")
     for name, value in vars(args).items():
         if type(value) is int and not (least := int(name not in MAY_BE_ZERO)) <= value < 2**63:
             parser.error(f"--{name} is {value}, must be at least {least}" + " and below 2^63" * (value > least))

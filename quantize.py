@@ -279,7 +279,7 @@ def main():
     stage = args.stage or checkpoint.latest_stage(args.run)
     state = checkpoint.load_latest(args.run, stage)
     checkpoint.inherit(state, tokenizer)
-    path = os.path.join(out, stage, f"step_{state['step']}.pt")
+    path = os.path.join(out, stage.partition("/")[0], f"step_{state['step']}.pt")
     checkpoint.refuse_occupied(out)
     model = checkpoint.load_model(state, device).eval()
     pool = calibration_pool(tokenizer, args.data, model.config.max_seq_len, args.seed)

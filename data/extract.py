@@ -1,6 +1,6 @@
 """Step 1 of the corpus chain: any folder of .txt, .jsonl(.gz), .html, .warc(.gz), .wet(.gz) and .parquet to documents (v2 §2.1.1).
 
-HTML is cut to what a reader sees: scripts, styles, forms and navigation go, blocks become lines. A WARC is read record by record;
+HTML is cut to what a reader sees: scripts, styles, navigation, buttons and menus go, blocks become lines. A WARC is read record by record;
 its successful HTML responses are kept, and the texts of a WET. Parquet files need the column "text" (pip install ".[hub]" brings
 pyarrow). One output .jsonl for each input file, one {"text", "lang"?, "source"} a line.
 

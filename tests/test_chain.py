@@ -560,6 +560,13 @@ def test_a_name_that_is_not_utf8_is_shown_and_kept(tmp_path, capsys):
     assert "not read: 1 (caf\ufffd.pdf)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("agree,joined", [(84, False), (91, True)])  # of 112 values: 0.75 and 0.81
+def test_candidates_are_duplicates_from_the_threshold_on(agree, joined):
+    signatures = np.random.default_rng(0).integers(0, 1 << 31, (2, dedup.P), dtype=np.uint32)
+    signatures[1, :agree] = signatures[0, :agree]
+    assert (dedup.near_duplicates(signatures).find(1) == 0) == joined
+
+
 def test_duplicates_among_many_pages_of_one_template():
     """300 pages that share a band and little else, each there twice: more groups than all are compared with, and every copy is found."""
     signatures = np.random.default_rng(0).integers(0, 1 << 31, (300, dedup.P), dtype=np.uint32)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from compass import (
     CONFIGS,
@@ -204,7 +205,8 @@ def test_total_is_the_weighted_sum(micro_model):
 
 
 def test_rope_scores_depend_on_distance_only():
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 16, generator=g) for _ in range(2))
     for base in (10_000.0, 1_000_000.0):
         scores = []
         for shift in (0, 5, 900):
@@ -249,6 +251,14 @@ def test_mtp_of_packed_documents_by_hand(micro_config, depth):
     losses, c = batch_loss(model, packed), model.config
     torch.testing.assert_close(losses.mtp, torch.cat(sum(nll, [])).sum() / packed["weights"].sum() / depth, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses.total, losses.lm + c.aux_weight * losses.aux + c.z_weight * losses.z + c.mtp_weight * losses.mtp)
+
+
+def test_the_router_losses_are_means_over_layers_of_transformers(micro_model):
+    tokens = torch.randint(0, 500, (2, 20), generator=torch.Generator().manual_seed(0))
+    losses, routing = micro_model.loss(tokens, tokens), micro_model.hidden(tokens)[1]
+    aux = [load_balancing_loss_func((logits_NE,), 4, 2) / 2 for logits_NE, _ in routing]  # its shares of the load sum to top-k
+    z = [logits_NE.logsumexp(-1).square().mean() for logits_NE, _ in routing]
+    torch.testing.assert_close((losses.aux, losses.z), (torch.stack(aux).mean(), torch.stack(z).mean()))
 
 
 def test_the_router_losses_reach_every_router(micro_model):

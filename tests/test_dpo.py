@@ -4,6 +4,7 @@ import argparse
 import copy
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from checkpoint import latest_stage, load_latest, load_model, read_metrics, save_checkpoint
 from data.preferences import preferences
 from dpo import (
+    EXPLORING,
     ROUND,
     add_reference,
     alarm,
@@ -20,11 +22,12 @@ from dpo import (
     online,
     preference_metrics,
     reward_judge,
+    sample_answers,
     select_pair,
     token_logprobs,
     tune,
 )
-from generate import Completion
+from generate import Completion, generate
 from otpo import otpo_loss, otpo_objective, uniform_weights
 from reward import PAIRS, Pairs, RewardModel, encode_pairs, rewards
 from tests.test_otpo import pot_weights
@@ -189,6 +192,16 @@ def test_sampled_answers_become_pairs_by_the_reports_rules(micro_tokenizer):
     assert label(t, examples[:1], prompts[:1], nothing, None)[1]["prompts with all answers unfinished"] == 1
 
 
+def test_samples_are_those_of_each_prompt_alone(micro_model, micro_tokenizer):
+    """Prompt-major, thinking where the task has a thought."""
+    examples = [{"messages": [{"role": "user", "content": "1?"}]}, {"messages": [{"role": "user", "content": "2?"}], "think": "so"}]
+    micro_model.config.max_seq_len = 100
+    prompts, completions = sample_answers(micro_model, micro_tokenizer, examples, 2, seed=3)
+    assert prompts == [micro_tokenizer.encode_chat(task["messages"], thinking="think" in task)[0] for task in examples]
+    alone = [made for prompt in prompts for made in generate(micro_model, micro_tokenizer, [prompt], replace(EXPLORING, seed=3), 2)]
+    assert [made.ids for made in completions] == [made.ids for made in alone] and completions[0].ids != completions[1].ids
+
+
 def test_alarms():
     fine = {"chosen_drift": -0.2, "kl": 0.1}
     assert alarm(fine) is None
@@ -289,6 +302,7 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     made = [{"messages": [{"role": "user", "content": f"{i}?"}], "answer": str(i), "scorer": "number"} for i in range(9)]
     monkeypatch.setattr("dpo.tasks", lambda split, seed, per_task: seeds.append((split, seed)) or made)
     args = argparse.Namespace(run=str(tmp_path), data=None, device="cpu", seed=0, steps=4, resume=False, rounds=2, parallel=None)
+    monkeypatch.setattr("dpo.KL", 0.0)  # so that every step after a round's first is one to warn of
     online("dpo", dpo_objective(0.1), args, schedule=ROUND._replace(peak=1e-3))
     assert torch.equal(starts[0], micro_model.head.weight) and not torch.equal(starts[1], starts[0])
     assert len(set(seeds)) == len(seeds) == 4  # each round has prompts and samples of its own
@@ -296,6 +310,7 @@ def test_rounds_go_on_where_they_were(micro_model, micro_tokenizer, tmp_path, mo
     assert torch.equal(first["head.weight"], starts[1]) and not torch.equal(second["head.weight"], starts[1])
     logged = [entry for entry in read_metrics(str(tmp_path)) if entry["stage"].startswith("dpo")]
     assert [entry["stage"] for entry in logged] == ["dpo/1"] * 4 + ["dpo"] * 4
+    assert "the KL from the reference is about" in logged[3]["warning"] and "warning" not in logged[0]
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and logged[4]["kl"] > 1e-6  # round 2 is measured against the reference
     online("dpo", dpo_objective(0.1), argparse.Namespace(**{**vars(args), "resume": True}))
     assert len(starts) == 2 and capsys.readouterr().out.count("already finished") == 1

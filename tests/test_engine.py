@@ -382,3 +382,5 @@ def test_each_place_has_its_own_random_number(micro_model, micro_tokenizer):
     micro_model.hidden = lambda tokens_BT, **_: (torch.zeros(*tokens_BT.shape, 512), None, None, None)
     first, second = generate(micro_model, micro_tokenizer, [[5]], HOT, n=2)
     assert len(set(first.ids)) > 0.8 * len(first.ids) > 5 and first.ids[0] != second.ids[0]
+    one, other = generate(micro_model, micro_tokenizer, [[5], [6]], HOT)
+    assert one.ids == first.ids and other.ids[0] != one.ids[0]

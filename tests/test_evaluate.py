@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from checkpoint import save_checkpoint
 from compass import Compass
@@ -32,9 +34,11 @@ from evaluate import (
     score_continuations,
     thinking_switch,
 )
-from generate import GREEDY, generate, with_room
+from generate import GREEDY, generate, load_for_inference, split_thought, with_room
 from report import percent_map, save, table
 from tokenizer import Tokenizer
+
+TINY = os.path.join(ROOT, "checkpoints", "tiny")
 
 
 def test_the_last_stage_is_evaluated_whichever_it_is(micro_config, micro_tokenizer, tmp_path):
@@ -106,8 +110,11 @@ def test_greedy_continuations_are_what_generate_gives(micro_model, micro_tokeniz
 def test_multiple_choice_raw_and_per_byte(micro_model, micro_tokenizer, monkeypatch):
     task = {"task": "t", "messages": [{"role": "user", "content": "?"}], "answer": "a long choice", "choices": ["no", "a long choice"]}
     # -4 / 2 bytes is worse than -13 / 13 bytes: the sum prefers "no", the mean per byte the long one
-    monkeypatch.setattr("evaluate.score_continuations", lambda *_: [(-4.0, False), (-13.0, False)])
+    scored = []
+    monkeypatch.setattr("evaluate.score_continuations", lambda m, t, pairs: scored.extend(pairs) or [(-4.0, False), (-13.0, False)])
     assert multiple_choice(micro_model, micro_tokenizer, [task, {"task": "free"}]) == {"t": (0.0, 1.0, 1)}
+    for choice, (prompt, continuation) in zip(task["choices"], scored, strict=True):  # the texts that answers are trained as
+        assert prompt + continuation == micro_tokenizer.encode_chat([*task["messages"], {"role": "assistant", "content": choice}])[0]
     with pytest.raises(ValueError, match=r"task mine-3: \d+ tokens with its longest choice, the context has 64"):
         multiple_choice(micro_model, micro_tokenizer, [task, {**task, "id": "mine-3", "choices": ["no", "word " * 64]}])
 
@@ -186,11 +193,21 @@ def test_answers_survive_a_kill(micro_model, micro_tokenizer, tmp_path, monkeypa
     assert len(asked) == 1 + 2 * len(test)
 
 
+def test_the_shipped_checkpoint_answers_as_the_readme_shows():
+    model, tokenizer = load_for_inference(TINY, "cpu")
+    page = "Lumika E6 chair\nIt costs $76. Colour blue, made of nylon. Ships from Cebu. Stock: 9.\n\nHow much do 4 of them cost?"
+    chats = [tokenizer.encode_chat([{"role": "user", "content": text}], thinking=True)[0] for text in ("What is 27 + 45?", page)]
+    assert [split_thought(made.text) for made in generate(model, tokenizer, chats, GREEDY)] == [
+        ("7 + 5 = 12, 20 + 40 = 60, 60 + 12 = 72.", "72"),
+        ("One piece costs $76. 70 × 4 = 280, 6 × 4 = 24, 280 + 24 = 304.", "$304"),
+    ]
+
+
 def test_long_references_have_room(micro_tokenizer):
     short, long = {"answer": "7"}, {"answer": "7", "think": "so " * 300}
     assert with_room(GREEDY, micro_tokenizer, [short]) == GREEDY == with_room(GREEDY, micro_tokenizer, [])
     assert with_room(GREEDY, micro_tokenizer, [short, long]).max_tokens > len(micro_tokenizer.encode(long["think"]))
-    assert with_room(GREEDY, Tokenizer.load("checkpoints/tiny"), tasks("test", 0, 1)) == GREEDY
+    assert with_room(GREEDY, Tokenizer.load(TINY), tasks("test", 0, 1)) == GREEDY
 
 
 def test_equal_prompts_count_once_in_intervals():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Sampling, filtered_probs
+from engine import Engine, Sampling, filtered_probs
 from generate import GREEDY, chat, generate, shown, split_thought, stream
 from kvcache import KVCache
 
@@ -44,6 +44,37 @@ def test_greedy_is_uncached_argmax(micro_model, micro_tokenizer):
             logprobs.append(logits.log_softmax(0)[token].item())
         assert completion.ids == expected
         assert completion.logprobs == pytest.approx(logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("penalty", (0.2, 1.5))
+@torch.no_grad()
+def test_the_penalty_is_on_all_that_was_said(micro_model, micro_tokenizer, penalty):
+    """Prompt and answer so far, by hand at each step; below 1 it rewards repetition, so that the prompt's tokens show."""
+    sampling = Sampling(temperature=0, repetition=penalty, max_tokens=8)
+    stops = {micro_tokenizer.special["<|end|>"], micro_tokenizer.special["<|endoftext|>"]}
+    for prompt, completion in zip(PROMPTS, generate(micro_model, micro_tokenizer, PROMPTS, sampling), strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 8:
+            logits = micro_model(torch.tensor([ids]))[0, -1, : micro_tokenizer.n_vocab]
+            for token in set(ids):
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            ids.append(logits.argmax().item())
+            if ids[-1] in stops:
+                ids.pop()
+                break
+        assert completion.ids == ids[len(prompt) :]
+
+
+def test_the_defaults_are_the_reports():
+    assert Sampling() == Sampling(0.4, 5, 0.85, 1.05, 2048, 42, None)
+
+
+def test_rows_together_are_bounded(micro_model, micro_tokenizer, monkeypatch):
+    made = []
+    monkeypatch.setattr("generate.Engine", lambda *given, **more: made.append(given[2]) or Engine(*given, **more))
+    assert len(generate(micro_model, micro_tokenizer, PROMPTS, Sampling(max_tokens=2), n=3, max_rows=5)) == 12
+    generate(micro_model, micro_tokenizer, PROMPTS[:1], Sampling(max_tokens=2), max_rows=5)
+    assert made == [5, 1]
 
 
 def test_batch_equals_one_by_one(micro_model, micro_tokenizer):

@@ -161,6 +161,11 @@ def test_products_divided_among_threads(threads, micro_config, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(moe, "SMALL", 0)
     linear = Linear(24, 40)  # 3 does not divide 40
+    divided, alone, bmm, one_token = [], [], torch.bmm, MoE.one_token
+    monkeypatch.setattr(torch, "bmm", lambda a, b: divided.append(len(a)) or bmm(a, b))
+    monkeypatch.setattr(MoE, "one_token", lambda *given: alone.append(1) or one_token(*given))
+    linear(torch.randn(5, 24)), linear(torch.randn(33, 24))
+    assert divided == [threads] * (threads == 2)
     for shape in ((24,), (1, 24), (5, 24), (2, 16, 24), (33, 24), (0, 24)):
         x = torch.randn(shape)
         torch.testing.assert_close(linear(x), x @ linear.weight.T)
@@ -170,6 +175,7 @@ def test_products_divided_among_threads(threads, micro_config, monkeypatch):
     together = layer(x_BTD)[0]
     for t in range(40):
         torch.testing.assert_close(layer(x_BTD[:, t : t + 1])[0], together[:, t : t + 1], rtol=1e-5, atol=1e-6)
+    assert len(alone) == 40
 
 
 def test_bf16_weights_answer_in_both_ways(micro_config):

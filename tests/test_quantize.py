@@ -343,6 +343,8 @@ def test_oversample_until_every_expert_has_seen_enough():
     chosen = oversample(model(), pool, first=3, minimum=60)
     assert chosen[:3] == [0, 1, 2] and len(set(chosen)) == len(chosen) < 40
     assert expert_counts([pool[i] for i in chosen[:-1]]) < 60 <= expert_counts([pool[i] for i in chosen])
+    enough = oversample(model(), [*pool[:30], torch.cat(pool, 1), *pool[30:]], first=3, minimum=60)  # one that suffices alone
+    assert enough == [0, 1, 2, 30]
     everything = oversample(model(), pool, first=3, minimum=10**6)  # the pool ends first
     assert sorted(everything) == list(range(40))
 

@@ -155,3 +155,17 @@ def test_faulty_pairs_have_their_line(tmp_path, messages, problem):
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "messages": messages}))
     with pytest.raises(ValueError, match=f"pairs.jsonl:2: .*{problem}"):
         read_pairs(str(path))
+
+
+def test_answers_that_are_missing_or_no_text_have_their_line(tmp_path):
+    good = {"messages": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"}
+    path = tmp_path / "pairs.jsonl"
+    for field, value in (("chosen", 3), ("rejected", None)):
+        path.write_text(json.dumps(good) + "\n" + json.dumps({**good, field: value}))
+        with pytest.raises(ValueError, match=f'pairs.jsonl:2: field "{field}" is missing or no text'):
+            read_pairs(str(path))
+    path.write_text("")
+    with pytest.raises(ValueError, match="pairs.jsonl: empty file"):
+        read_pairs(str(path))
+    with pytest.raises(ValueError, match="nowhere.jsonl: no such file of pairs"):
+        read_pairs(str(tmp_path / "nowhere.jsonl"))

@@ -8,9 +8,11 @@ import math
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from compass import CONFIGS
 from data import general as data_general
@@ -224,10 +226,13 @@ def test_pass_rates_and_the_window(micro_model, micro_tokenizer, monkeypatch, tm
     reasoning = [task for task in tasks("train", 1, 1) if task["task"] == "mathematics"][:3]
     never, now_and_then, always = (task["answer"] for task in reasoning)
     texts = ["0"] * 8 + [f"<think>so</think> {now_and_then}"] * 3 + ["0"] * 5 + [always] * 8
-    monkeypatch.setattr("sft.generate", lambda *_: [Completion(text, [], [], True) for text in texts])
+    calls = []
+    monkeypatch.setattr("sft.generate", lambda *given: calls.append(given) or [Completion(text, [], [], True) for text in texts])
     micro_model.config = dataclasses.replace(micro_model.config, max_seq_len=100)
     endless = {**reasoning[0], "messages": [{"role": "user", "content": "1 + 1" * 100}]}
     assert pass_rates(micro_model, micro_tokenizer, [reasoning[0], endless, *reasoning[1:]]) == [0.0, 0.0, 0.375, 1.0]
+    _, _, prompts, _, n = calls[0]
+    assert prompts == [micro_tokenizer.encode_chat(task["messages"], thinking=True)[0] for task in reasoning] and n == 8
     assert "1 prompts leave no room for an answer in a context of 100" in capsys.readouterr().out
     monkeypatch.setattr("sft.load_for_inference", lambda *_: (micro_model, micro_tokenizer))
     direct = [{"messages": [{"role": "user", "content": "q"}], "answer": "a"}]
@@ -250,6 +255,26 @@ def test_what_sft2_hears_depends_on_drills(before, expected, monkeypatch, tmp_pa
     assert asked == [(7, 120, *expected)]
 
 
+def test_the_flags_reach_the_training(monkeypatch, tmp_path, micro_tokenizer):
+    """--full and --batching, and rates that fall with the width of the model."""
+    import sft
+
+    wide, fitted = dataclasses.replace(CONFIGS["tiny"], dim=256), []
+    monkeypatch.setattr(sft, "load_latest", lambda *_, **__: {"origin": ""})
+    monkeypatch.setattr(sft, "inherit", lambda *_, **__: None)
+    monkeypatch.setattr(sft, "model_from", lambda *_: SimpleNamespace(config=wide, ranks=SimpleNamespace(count=1)))
+    monkeypatch.setattr(sft, "fit_stage", lambda model, batch, loss, schedule, *_: fitted.append((batch(0)[0], schedule.peak)))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}], "answer": "a", "task": "page"}))
+    for full, batching in (("none", "packed"), ("e-commerce", "padded")):
+        given = dict(data=str(tmp_path / "t.jsonl"), steps=4, seed=0, resume=False, rollouts=None, full=full, batching=batching)
+        sft.run_stage("sft1", argparse.Namespace(run=str(tmp_path / "run"), **given), "cpu", micro_tokenizer)
+    (packed, peak), (padded, _) = fitted
+    ids, mask = micro_tokenizer.encode_chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    assert peak == sft.STAGES["sft1"][1].peak / 2
+    assert packed["tokens"].shape[1] == CAPACITY and packed["weights"][0].sum() == sum(mask)
+    assert padded["tokens"].shape[1] < 20 and padded["weights"].sum() == len(ids) - 1
+
+
 def test_near_copies_of_test_tasks_are_left_out():
     test = tasks("test", 0, 1)
     train = [task for task in tasks("train", 0, 1) if "think" in task]
@@ -259,7 +284,7 @@ def test_near_copies_of_test_tasks_are_left_out():
 
 @pytest.mark.parametrize("stage", ["drills", "sft2"])
 def test_nothing_but_near_copies_is_said(stage, script, tmp_path):
-    shutil.copytree("checkpoints/tiny", tmp_path / "run")
+    shutil.copytree(os.path.join(ROOT, "checkpoints", "tiny"), tmp_path / "run")
     os.rename(tmp_path / "run" / "sft2", tmp_path / "run" / "sft1")
     copy = next(task for task in tasks("test", 0, 1) if "think" in task)
     (tmp_path / "tasks.jsonl").write_text(json.dumps(copy))

@@ -68,6 +68,12 @@ def test_trainer_equals_the_obvious_one_on_documents(documents):
     assert train_bpe(documents[:60], 400) == obvious_trainer(documents[:60], 400)
 
 
+def test_characters_and_chunks_by_hand():
+    """What the obvious trainer above takes from the code under test."""
+    assert [characters(text.encode()) for text in ("ขอ", "aé", "中")] == [2, 2, 1] and characters("ข".encode()[1:]) == 0
+    assert regex.findall(PATTERN, " ab12น้ำ  x\r\n!? ") == [" ab", "1", "2", "น้ำ", " ", " x", "\r\n", "!?", " "]
+
+
 def test_merges_by_hand():
     # "aaabdaaabac", the textbook example: aa comes four times; then aa + a and a + b twice each, and a has the smaller number
     ranks = train_bpe(["aaabdaaabac"], 258)
@@ -89,7 +95,7 @@ def test_merged_vocabulary_is_reachable_contiguous_and_within_budget(documents):
     assert list(ranks)[:256] == [bytes([i]) for i in range(256)]
     assert all(bpe(to_bytes(token), ranks) == [token] for token in ranks)
     assert len(set(ranks) - set(main)) > 20  # Chinese added something
-    assert all(characters(token) <= 16 for token in ranks)
+    assert all(len(token.decode(errors="ignore")) <= 16 for token in ranks)
 
 
 def test_round_trip_on_random_bytes_and_text(tokenizer):

@@ -128,14 +128,17 @@ def test_the_schedules_second_beta_reaches_the_optimizer(micro_config, rows, tmp
         assert made[-1].param_groups[0]["betas"] == (0.9, beta2)
 
 
-def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_path, made):
+def test_the_schedule_and_the_watch_reach_every_step(micro_config, rows, tmp_path, made, monkeypatch):
     seen, schedule = [], Schedule(5, 1e-3, 1e-4, warmup=2, router=(1.0, 0.2))
 
     def loss(model, batch):
         seen.append(model.router_scale)
         return language_model_loss(model, batch)
 
+    said = []
+    monkeypatch.setattr("train.tqdm.write", lambda bar, text: said.append(text))
     fit(Compass(micro_config), rows.batches(2, 2), loss, schedule, run=str(tmp_path), stage="general", watch=lambda _: "look")
+    assert said == ["general step 0: look (said once; see metrics.jsonl)"]
     assert seen == pytest.approx([1, 0.8, 0.6, 0.4, 0.2]) and [entry["warning"] for entry in read_metrics(tmp_path)] == ["look"] * 5
     assert made[-1].param_groups[0]["lr"] == pytest.approx(lr_at(4, schedule))
 
@@ -346,12 +349,15 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(micro_config, rows, 
     def sick(model, batch):
         loss, metrics = language_model_loss(model, batch)
         calls.append(1)
+        if len(calls) == 5:  # the loss is finite, its gradient is not
+            head = model.head.weight
+            return loss + (head.abs().sum() - head.abs().sum().detach()).sqrt(), metrics
         return (loss * float("nan") if len(calls) == 3 else loss), metrics
 
-    schedule = Schedule(5, 1e-3, 1e-4)
+    schedule = Schedule(6, 1e-3, 1e-4)
     fit(model, rows.batches(2, 2), sick, schedule, run=str(tmp_path), stage="general")
     entries = read_metrics(tmp_path)
-    assert [e["step"] for e in entries if "skipped" in e] == [2] and all(p.isfinite().all() for p in model.parameters())
+    assert [e["step"] for e in entries if "skipped" in e] == [2, 4] and all(p.isfinite().all() for p in model.parameters())
 
     def dead(model, batch):
         loss, metrics = language_model_loss(model, batch)
