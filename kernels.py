@@ -404,8 +404,8 @@ def int4_grouped_matmul(x_RD, qweight, scales, zeros, counts_E):
     bm = rows_per_tile(R, E)
     if group % 128 == 0:
         kernel, constants = tuned_int4[bm], {}
-    else:  # a step must stay inside a group
-        kernel, constants = int4_kernel, {"BF": 64, "BD": math.gcd(group, 64)}
+    else:  # a step must stay inside a group; 128 rows would spill registers
+        bm, kernel, constants = min(bm, 64), int4_kernel, {"BF": 64, "BD": math.gcd(group, 64)}
     even_odd_R2H = x_RD.unflatten(1, (half, 2)).transpose(1, 2).contiguous()
     return _multiply(kernel, [even_odd_R2H], [qweight, scales, zeros], counts_E, x_RD.new_empty(R, F), D, bm, GROUP=group, **constants)
 

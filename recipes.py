@@ -10,8 +10,8 @@ from typing import NamedTuple
 class Schedule(NamedTuple):
     """Learning rate in optimizer steps: linear warm-up to peak, cosine or a line to final. router: scale of alpha and beta.
 
-    beta2: AdamW's memory of squared gradients. The report's 0.95 belongs to its batches of 24M tokens; ours of 2k are noisier and
-    want 0.99 (RESULTS.md, "What the tuning of `tiny` showed"). mtp_every: 2 interleaves steps with and without MTP (v3).
+    beta2: AdamW's memory of squared gradients. The report's 0.95 belongs to its batches of 24M tokens; ours of 2k are noisier and have
+    0.99, which once paid (RESULTS.md, "What the tuning of `tiny` showed"). mtp_every: 2 interleaves steps with and without MTP (v3).
     """
 
     steps: int

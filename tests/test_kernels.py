@@ -289,6 +289,19 @@ def test_gemms_use_the_tensor_cores(arch, int4, fp8):
             assert re.search(r"LDGSTS\.E(\.\w+)*\.128|UTMALDG", code), (kernel, bm, bf)
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_what_is_not_tuned_compiles_without_spills(arch):
+    """int4 with groups other than 128, and the rounding of rows to fp8 where GPUs have it."""
+    for group, bm in ((32, 16), (32, 64), (64, 16), (64, 64)):
+        constants = {"GROUP": group, "EXPERTS": 64, "BM": bm, "BF": 64, "BD": group, "WIDE": False}
+        usage, code = compiled(kernels.int4_kernel, INT4, constants, arch)
+        assert no_spills(usage) and re.search(r"MMA", code), (group, bm, usage)
+    if arch > 80:
+        types = {"x": "*bf16", "out": "*fp8e4nv", "scales": "*fp32", "D": "i32"}
+        usage, code = compiled(kernels.quantise_kernel, types, {"BLOCK": 2048}, arch)
+        assert no_spills(usage) and re.search(r"LDG\.E(\.\w+)*\.128", code), usage
+
+
 def test_rows_moved_and_back_and_their_gradient():
     g = torch.Generator().manual_seed(0)
     x, there = torch.randn(7, 3, generator=g, requires_grad=True), torch.randperm(7, generator=g)
