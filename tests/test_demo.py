@@ -147,6 +147,14 @@ def test_numbers_out_of_range_are_refused(flag, value, capsys):
     assert f"--{flag} is {value}, must be at least" in capsys.readouterr().err
 
 
+def test_scripts_of_one_process_refuse_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        cli.parse("", "run", argv=[])
+    assert "runs in one process: start it without torchrun" in capsys.readouterr().err
+    assert cli.parse("", "run", "parallel", argv=[]).parallel is None
+
+
 @pytest.fixture(scope="module")
 def worlds():
     return tasks("test", 0, 4), tasks("train", 0, 10)

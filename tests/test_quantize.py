@@ -16,7 +16,7 @@ from torch import nn
 import kernels
 import lowbit
 import quantize
-from checkpoint import is_quantized, load_checkpoint, load_latest, load_model, save_checkpoint
+from checkpoint import is_quantized, latest_stage, load_checkpoint, load_latest, load_model, save_checkpoint
 from cli import write_atomically
 from compass import CONFIGS, Compass, rope_table
 from generate import GREEDY, generate, load_for_inference
@@ -461,6 +461,10 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     assert summary["method"] == "awq" and min(entry["tokens"] for entry in summary["matrices"]) >= summary["minimum"]
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         command("--run", run)
+    os.renames(f"{run}/sft2", f"{run}/dpo/1")  # a round: what is made of it is a stage that can be found
+    command("--run", run, "--method", "rtn", "--stage", "dpo/1", "--out", str(tmp_path / "of a round"))
+    assert latest_stage(str(tmp_path / "of a round")) == "dpo"
+    os.renames(f"{run}/dpo/1", f"{run}/sft2")
     other = str(tmp_path / "other")
     save_checkpoint(f"{other}/long/step_1.pt", halved)
     with pytest.raises(ValueError, match="other already holds a checkpoint of long"):  # whose tokenizer would be lost
