@@ -109,7 +109,7 @@ def accuracy_table(results, tasks_hash, last):
     final = results[last]
 
     def row(name, shares, low, high):
-        return [name, *(f"{100 * share:.1f}" for share in shares), f"{100 * low:.0f} to {100 * high:.0f}"]
+        return [name, *(f"{100 * share:.1f}" for share in shares), f"{100 * max(0.0, low):.0f} to {100 * high:.0f}"]
 
     rows = [row("all", (result["overall"] for result in results.values()), *final["intervals"]["overall"])]
     for group in ("by_group", "by_task", "by_language"):
@@ -152,9 +152,9 @@ def write_report(run, report, chats):
         plot_needles(report["retrieval"], os.path.join(run, "needles.png"))
         sections += ["## Parcels found in long texts (guessing: 8 %)", "![needles](needles.png)"]
     langs = sorted({lang for values in report["bits_per_byte"].values() for lang in values})
-    rows = [[s, *(f"{values[lang]:.3f}" for lang in langs)] for s, values in report["bits_per_byte"].items()]
+    rows = [[s, f"{np.mean(list(v.values())):.3f}", *(f"{v[lang]:.3f}" for lang in langs)] for s, v in report["bits_per_byte"].items() if v]
     if langs:
-        sections += ["## Bits per byte of held-out documents", table(rows, ["stage", *langs])]
+        sections += ["## Bits per byte of held-out documents", table(rows, ["stage", "mean", *langs])]
     if report["busiest_expert"]:
         sections += ["## Expert load", f"The busiest expert takes {report['busiest_expert']:.2f} times an even share. ![load](load.png)"]
     if chats:

@@ -82,7 +82,7 @@ class TokenRows:
         self.length, self.seed, self.epoch = length, seed, None
         self.rows_per_epoch = self.total // length
         if not self.rows_per_epoch:
-            raise InputError(f"the corpus has {self.total} tokens, fewer than one row of {length}")
+            raise InputError(f"the corpus has {self.total} tokens, fewer than one row of {length}: give more text")
 
     def row(self, i):
         """[(ids, mask), …] of row i."""
