@@ -28,7 +28,7 @@ from data.scorers import SCORERS
 from data.tasks import tasks
 from generate import Sampling, generate, split_thought
 from reward import Pairs, load_pairs, load_reward_model, processes_with_whole_rows, rewards
-from sft import chat_of
+from sft import WITHOUT_THOUGHTS, chat_of
 from train import Schedule, fit_stage, for_width, model_from, precision, stage_schedule
 
 SCHEDULE = Schedule(200, 1e-5, 0.0, 20)  # a model of 30B takes 4e-7, near the OTPO paper's 5e-7
@@ -211,7 +211,7 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
             model.load_state_dict(load_latest(args.run, name, device)["model"])
             continue
         examples = tasks("train", f"{stage}-{args.seed}-{turn}", PROMPTS)
-        if state["stage"] in ("sft1", "pairs"):  # which have seen no thought, so that none is asked for
+        if state["stage"] in WITHOUT_THOUGHTS:
             examples = [{key: value for key, value in task.items() if key != "think"} for task in examples]
         prompts, completions = sample_answers(model, tokenizer, examples, SAMPLES, args.seed + turn)
         pairs = Pairs(*label(tokenizer, examples, prompts, completions, judge, off_policy), model.config.max_seq_len, args.seed)

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import STAGES, checkpoints, checksum, fault, latest_stage, load_checkpoint, read_metrics
+from checkpoint import STAGES, checkpoints, checksum, latest_stage, load_latest, read_metrics
 from cli import InputError
 from data import reader
 from data.market import LANGUAGES
@@ -35,6 +35,7 @@ from data.scorers import SCORERS
 from data.tasks import ECOMMERCE, fingerprint, tasks
 from generate import GREEDY, Sampling, generate, load_for_inference, split_thought, with_room
 from report import plot_load, plot_losses, stage_losses, write_report
+from sft import WITHOUT_THOUGHTS
 from train import assemble, losses_of
 
 PRETRAINING = ("general", "anneal", "market", "reasoning", "extend", "long", "mtp")  # these answer plain text, not chats
@@ -279,10 +280,10 @@ def evaluate_stages(run, device, test, documents, samples, seed=0):
     stages = [stage for stage in STAGES if stage == last or stage in EVALUATED and checkpoints(run, stage)]
     for stage in tqdm(stages, desc="evaluate", unit="stage"):
         model, tokenizer = load_for_inference(run, device, stage)
-        path = next(path for path in checkpoints(run, stage) if not fault(path))
-        kept = Answers(os.path.join(run, "answers.jsonl"), checksum(path))
-        taught = load_checkpoint(path, weights=False).get("base", "") if stage in ("dpo", "otpo") else stage  # their base
-        plain, thinks = stage in PRETRAINING, not taught.startswith((*PRETRAINING, "sft1", "pairs"))  # which have seen no thought
+        state = load_latest(run, stage, weights=False)
+        kept = Answers(os.path.join(run, "answers.jsonl"), checksum(state["path"]))
+        taught = state.get("base", "") if stage in ("dpo", "otpo") else stage
+        plain, thinks = stage in PRETRAINING, not taught.startswith((*PRETRAINING, *WITHOUT_THOUGHTS))
         ask = functools.partial(answer_tasks, model, tokenizer, plain=plain, kept=kept)
         report["bits_per_byte"][stage] = bits_per_byte(model, tokenizer, documents)
         report["accuracy"][stage] = accuracy(test, [answer for _, answer in ask(test, thinking=thinks)])

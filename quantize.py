@@ -199,7 +199,7 @@ def quantize_model(model, calibration, method="awq", group=GROUP, seed=0):
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    if method in ("awq", "rtn") and (group < 32 or group & (group - 1)):
+    if not method.startswith("fp8") and (group < 32 or group & (group - 1)):
         raise InputError(f"groups of {group} inputs: must be a power of two and at least 32, which the kernels take")
     if not calibration:
         raise InputError("no calibration batches: the quantizer must see some tokens")
@@ -296,10 +296,10 @@ def main():
     for name in sorted(os.listdir(args.run)):
         if name.startswith("tokenizer.") or name == "metrics.jsonl":
             shutil.copy(os.path.join(args.run, name), out)
-    group = args.group if args.method in ("awq", "rtn") else None
+    group = None if args.method.startswith("fp8") else args.group
     summary = {"method": args.method, "group": group, "texts": len(chosen), "minimum": MINIMUM, "matrices": quantized.report}
     cli.write_atomically(os.path.join(out, "quantization.json"), json.dumps(summary, indent=1).encode())
-    checkpoint.save_checkpoint(path, quantized.cpu(), **{key: state[key] for key in ("step", "stage", "tokenizer_hash", "seed")})
+    checkpoint.save_checkpoint(path, quantized.cpu(), **{key: state[key] for key in ("step", "stage", "base", "tokenizer_hash", "seed")})
     full = sum(t.numel() * t.element_size() for t in state["model"].values())
     print(f"{path}: {os.path.getsize(path) / 1e6:.2f} MB, the weights it came from {full / 1e6:.2f} MB")
 

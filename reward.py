@@ -130,7 +130,7 @@ class Pairs:
         batch = {"tokens": tokens, "mask": mask, "doc_ids": [torch.zeros_like(ids) for ids in tokens]}
         if self.reference is not None:
             batch["reference"] = [self.reference[i][side] for i, side in places]
-        padded = {name: pad_sequence(rows, batch_first=True, padding_value=-(name == "doc_ids")) for name, rows in batch.items()}
+        padded = {name: pad_sequence(rows, batch_first=True, padding_value=-1 if name == "doc_ids" else 0) for name, rows in batch.items()}
         return {**padded, "weights": torch.ones(len(chosen))}
 
     def batch(self, step):

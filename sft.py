@@ -39,6 +39,7 @@ STAGES = {
     "drills": (("pairs", "sft1"), Schedule(1000, 1e-3, 1e-4, 20, (0.1, 0.1), beta2=0.99)),
     "sft2": (("drills", "pairs", "sft1"), Schedule(4000, 1e-3, 5e-5, 20, (0.1, 0.1), beta2=0.99)),
 }
+WITHOUT_THOUGHTS = ("sft1", "pairs")  # what they leave behind is not asked to think
 PER_STEP, MOST = 3, 100_000  # embedded tasks a language: three for each optimizer step, so that a task is read about once, up to MOST
 # shares and phrasings, see data/tasks.py: first the tasks, then more ways of asking for them, in a long training all of them
 EXERCISES = {

@@ -3,7 +3,7 @@
 import json
 import os
 
-from cli import write_atomically
+from cli import write_atomically, write_jsonl
 
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
 
@@ -35,4 +35,4 @@ def finished(name):
 
 def keep_finished(name, runs):
     """Write results/<name>.jsonl, whole or not at all."""
-    write_atomically(os.path.join(RESULTS, f"{name}.jsonl"), "".join(json.dumps(run) + "\n" for run in runs).encode())
+    write_jsonl(os.path.join(RESULTS, f"{name}.jsonl"), runs)

@@ -4,7 +4,7 @@ Every arm trains a fresh model on sft2's mixture, thinking and direct, as the fi
 over about 50 steps of 1,536 tokens. One seed: good for differences of a fifth, not for small ones. "pre-trained" spends 400
 steps of language modelling on the general documents first.
 
-    python -m benchmarks.optimizer                      # all arms, about 25 minutes on two cores
+    python -m benchmarks.optimizer                      # all arms, some 50 minutes with one thread
     python -m benchmarks.optimizer --arms "beta2 0.99"
 """
 

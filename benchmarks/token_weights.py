@@ -6,7 +6,7 @@ natural ones, whose answers are a right and a wrong one or a short and a long on
 held-out pairs and tasks: how often the chosen answer gains more probability than the rejected one, how often it is the likelier
 one, what it gains in nats a token, accuracy and length of free answers. The picture shows the weights of two real pairs.
 
-    python -m benchmarks.token_weights --run checkpoints/tiny      # about 25 minutes on two cores
+    python -m benchmarks.token_weights --run checkpoints/tiny      # about 20 minutes with one thread
 """
 
 import copy

@@ -445,7 +445,7 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     run = str(tmp_path / "run")
     micro_tokenizer.save(run)
     halved = Compass(model().config).to(torch.bfloat16)
-    save_checkpoint(f"{run}/sft2/step_9.pt", halved, step=9, stage="sft2", tokenizer_hash=micro_tokenizer.hash)
+    save_checkpoint(f"{run}/sft2/step_9.pt", halved, step=9, stage="sft2", base="sft1 01234567", tokenizer_hash=micro_tokenizer.hash)
 
     def command(*flags):
         monkeypatch.setattr(sys, "argv", ["quantize.py", "--device", "cpu", *flags])
@@ -455,6 +455,7 @@ def test_command_line(micro_tokenizer, tmp_path, script, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"{run}-awq/sft2/step_9.pt" in printed and all(f"expert {e}" in printed for e in range(4))
     state = load_checkpoint(f"{run}-awq/sft2/step_9.pt")
+    assert state["base"] == "sft1 01234567"  # tells evaluate.py whether thoughts were taught
     assert state["model"]["head.weight"].dtype == torch.bfloat16 and torch.equal(state["model"]["head.weight"], halved.head.weight)
     with open(f"{run}-awq/quantization.json") as file:
         summary = json.load(file)
