@@ -1,8 +1,7 @@
 """Checkpoints that survive being killed, and the run folder they live in.
 
-A run folder holds tokenizer.tiktoken, <stage>/step_N.pt, metrics.jsonl and the report. A checkpoint is
-written to a temporary file, synced, and renamed; its last 32 bytes are the SHA-256 of the rest. It holds
-full-precision weights and the optimizer's state, so resuming is exact.
+A run folder holds tokenizer.tiktoken, <stage>/step_N.pt, metrics.jsonl and the report. A checkpoint is written to a temporary file, synced,
+and renamed; its last 32 bytes are the SHA-256 of the rest. It holds full-precision weights and the optimizer's state, so resuming is exact.
 
     python checkpoint.py --run runs/demo                                # lists what the run holds and verifies every checkpoint
     python checkpoint.py --run runs/pretrained --export checkpoints/x   # the last stage alone, bf16, with its log and report
@@ -66,18 +65,13 @@ def load_checkpoint(path, device="cpu", weights=True):
     if not os.path.exists(path):
         raise InputError(f"{path} not found")
     if os.path.isdir(path):
-        return load_shards(path, device) if weights else read_manifest(path)
-    return torch.load(io.BytesIO(payload(path)), map_location=device, weights_only=True)
-
-
-def payload(path):
-    """The bytes of a file without the checksum at its end, which they are compared with."""
+        return load_shards(path, device) if weights else verified_manifest(path)
     with open(path, "rb") as file:
         content = file.read()
-    body = content[:-32]
-    if not body or hashlib.sha256(body).digest() != content[-32:]:
+    content, digest = content[:-32], content[-32:]
+    if not content or hashlib.sha256(content).digest() != digest:
         raise InputError(f"{path} is torn or foreign: its checksum does not match its content")
-    return body
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
 def read_manifest(path):
@@ -95,37 +89,32 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_shards(path, files):
-    """Compare files of a checkpoint folder with the manifest's checksums."""
-    for name, expected in files:
-        file = os.path.join(path, name)
-        if not os.path.exists(file) or file_sha256(file) != expected:
-            raise InputError(f"{path} is torn or foreign: the checksum of {name} does not match its content")
-
-
-def fault(path):
-    """Why a checkpoint cannot be used, None where it can. Many ranks ask together, and each reads its share of a folder's files."""
+def verified_manifest(path):
+    """The manifest of a folder of shards whose files match it. Many ranks ask together: each reads its share of the files, and what one
+    finds wrong all raise."""
     several = torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
     problems = [None] * world
     try:
-        if os.path.isdir(path):
-            verify_shards(path, list(read_manifest(path)["files"].items())[rank::world])
-        else:
-            payload(path)
+        manifest = read_manifest(path)
+        for name, expected in list(manifest["files"].items())[rank::world]:
+            file = os.path.join(path, name)
+            if not os.path.exists(file) or file_sha256(file) != expected:
+                raise InputError(f"{path} is torn or foreign: the checksum of {name} does not match its content")
     except InputError as error:
         problems[rank] = str(error)
     if several:
         torch.distributed.all_gather_object(problems, problems[rank])
-    return next(filter(None, problems), None)
+    if problem := next(filter(None, problems), None):
+        raise InputError(problem)
+    return manifest
 
 
 def load_shards(path, device):
     """The whole of a folder of shards, in this process, as `load_checkpoint` returns it."""
     from torch.distributed import checkpoint as dcp  # takes a second, which runs without shards need not wait for
 
-    state = read_manifest(path)
-    verify_shards(path, state["files"].items())
+    state = verified_manifest(path)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {key: torch.empty(about.size, dtype=about.properties.dtype) for key, about in stored.items()}
     with warnings.catch_warnings():
@@ -174,8 +163,6 @@ def load_latest(run, stage, device="cpu", weights=True):
     paths = checkpoints(run, stage)
     for path in paths:
         try:
-            if not weights and os.path.isdir(path) and (problem := fault(path)):  # a file is compared as it is read
-                raise InputError(problem)
             # stage: the folder's name, where someone has renamed it
             return {**load_checkpoint(path, device, weights), "stage": stage, "path": path, "origin": f"{stage} {checksum(path)[:8]}"}
         except InputError as error:
@@ -224,15 +211,6 @@ def load_model(state, device="cpu", **changes):
 def changed_fields(begun, config):
     """["field old, now new", …] of a checkpoint's config (a dict) and another."""
     return [f"{name} {begun[name]}, now {value}" for name, value in dataclasses.asdict(config).items() if begun.get(name, value) != value]
-
-
-def refuse_another(state, model, tokenizer_hash):
-    """Raise InputError where a stage to be resumed was begun with another tokenizer or config."""
-    changed = changed_fields(state["config"], model.config)
-    if state["tokenizer_hash"] != tokenizer_hash:
-        changed.append(f"tokenizer {state['tokenizer_hash'][:12]}, now {tokenizer_hash[:12]}")
-    if changed:
-        raise InputError(f"{state['stage']} was begun otherwise ({'; '.join(changed)}): it cannot be resumed so")
 
 
 def inherit(state, tokenizer, to_train=False):
@@ -319,10 +297,11 @@ def main():
     torn = []
     for stage in (*STAGES, "reward", "reward/*", "dpo/*", "otpo/*"):  # members and rounds lie in folders of their own
         for path in checkpoints(args.run, stage):
-            if problem := fault(path):
-                torn.append(problem)
+            try:
+                seed = load_checkpoint(path, weights=False)["seed"]
+            except InputError as error:
+                torn.append(str(error))
                 continue
-            seed = load_checkpoint(path, weights=False)["seed"]
             size = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(path), "**"), include_hidden=True) or [path]))
             print(f"{path}: intact, seed {seed}, {size / 1e6:.1f} MB")
     if torn:

@@ -1,8 +1,7 @@
 """The one vocabulary of command-line flags, the one way in which bad input ends a script, and the one way to replace a file.
 
-Every script asks `parse` for the flags it understands, so `--run` means the same folder and
-`--seed` the same thing everywhere. Scripts end with `run(main)`: input that a user can mend
-(an `InputError`, a missing file, a full disk) becomes one line on stderr and exit code 2;
+Every script asks `parse` for the flags it understands, so `--run` means the same folder and `--seed` the same thing everywhere. Scripts end
+with `run(main)`: input that a user can mend (an `InputError`, a missing file, a full disk) becomes one line on stderr and exit code 2;
 anything else is our bug and keeps its traceback.
 """
 

@@ -1,8 +1,7 @@
 """Compass: the model and its configs (v2 §2.2; v3 for MTP and the few-large-experts shape).
 
-A pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, mixture of experts, untied
-embedding and head. Packed documents never see each other, and the loss never holds the logits of
-a whole batch, so that a 180k vocabulary fits.
+A pre-norm decoder: RMSNorm, grouped-query attention with rotary positions, mixture of experts, untied embedding and head. Packed documents
+never see each other, and the loss never holds the logits of a whole batch, so that a 180k vocabulary fits.
 
 Shapes: B rows, T tokens, D model width, H query heads, G key/value heads, C head width, V vocabulary,
 N = B*T, E experts, K experts per token, L layers.

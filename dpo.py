@@ -1,9 +1,8 @@
 """DPO: preferences trained into the model by a classification loss, offline on pairs or online on its own samples (v2 §4.2).
 
-Training makes the better of two answers more probable and the worse one less, measured against a frozen copy of the model, the
-reference. Offline, pairs come from a file. Online, each round samples n answers a prompt from the current model, labels them with a
-reward, and keeps the best and the worst: by reward for general prompts, best right against best wrong for prompts with a checkable
-answer.
+Training makes the better of two answers more probable and the worse one less, measured against a frozen copy of the model, the reference.
+Offline, pairs come from a file. Online, each round samples n answers a prompt from the current model, labels them with a reward, and keeps
+the best and the worst: by reward for general prompts, best right against best wrong for prompts with a checkable answer.
 
 Shapes: B pairs, T tokens, V vocabulary. A batch holds 2B rows, the chosen answers first; mask is 1 on the answers' tokens.
 

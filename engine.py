@@ -243,14 +243,17 @@ class Engine:
         """Fill free rows with waiting requests; when none waits, the last row moves into a row that stands empty."""
         free = [row for row, request in enumerate(self.live) if request is None]
         free += range(len(self.live), len(self.seen_RV))
-        entering = []
         # a handful of prompts prefilled together costs little more than one
         if len(free) >= min(len(self.waiting), len(self.seen_RV) // 8):
-            while self.waiting and free:
-                row, request = free.pop(0), self.waiting.popleft()
+            entering = list(zip(free, self.waiting, strict=False))
+            self._prefill(entering)  # while they wait: where it fails (out of memory, Ctrl-C), they wait on
+            for row, request in entering:
                 request.uniforms = torch.rand(request.room, generator=request.generator, dtype=torch.float64).tolist()
-                self.live[row : row + 1] = [request]
-                entering.append((row, request))
+                request.prefix = self.prefixes.get(request.prompt)
+                self.cache.first_B[row] = len(request.prompt) - 1 if request.prefix else 0
+                self.seen_RV[row] = False
+                self.seen_RV[row, list(request.prompt)] = True
+                self.live[row : row + 1] = [self.waiting.popleft()]
         while not self.waiting and None in self.live:
             moved = self.live.pop()
             last = len(self.live)
@@ -259,13 +262,6 @@ class Engine:
                 self.live[row] = moved
                 self.cache.write(row, self.cache, last, len(moved.prompt) + len(moved.ids))
                 self.cache.first_B[row], self.seen_RV[row] = self.cache.first_B[last], self.seen_RV[last]
-        try:
-            self._prefill(entering)
-        except BaseException:  # out of memory, Ctrl-C: what has no keys yet waits on, or it would read those of the row's last request
-            for row, request in reversed(entering):
-                self.live[row], self.cache.first_B[row] = None, 0
-                self.waiting.appendleft(request)
-            raise
 
     def _prefill(self, entering):
         """Fill the slots of all prompt tokens but the last, each prompt once for all requests that enter or wait."""
@@ -277,11 +273,6 @@ class Engine:
             while fresh and (len(together) + 1) * width <= PREFILL_TOKENS and 2 * len(fresh[-1]) > width:
                 together.append(fresh.pop())
             self._prefill_batch(together, width, entering)
-        for row, request in entering:
-            self.seen_RV[row] = False
-            self.seen_RV[row, list(request.prompt)] = True
-            request.prefix = self.prefixes.get(request.prompt)
-            self.cache.first_B[row] = len(request.prompt) - 1 if request.prefix else 0
 
     def _prefill_batch(self, prompts, width, entering):
         padded = [list(prompt) + [0] * (width + 1 - len(prompt)) for prompt in prompts]

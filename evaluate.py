@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, A tokens of an answer, D model width, V vocabulary.
     python evaluate.py --tasks 50 --samples 8 --run runs/small --device cuda   # more tasks, 8 answers each
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -100,8 +101,7 @@ def retrieval(model, tokenizer, lengths, seed=0, n=NEEDLES, langs=LANGUAGES, cha
 def bits_per_byte(model, tokenizer, documents, rows=16):
     """Mean bits to predict a UTF-8 byte, per language: {lang: bits}.
 
-    Documents are cut into pieces of the context; the first token of a piece is given, so its bytes are
-    not counted.
+    Documents are cut into pieces of the context; the first token of a piece is given, so its bytes are not counted.
     """
     pieces, length = defaultdict(list), model.config.max_seq_len
     rows = min(rows, max(1, 65536 // length))  # the mask of a batch has rows x length² places
@@ -125,8 +125,7 @@ def bits_per_byte(model, tokenizer, documents, rows=16):
 
 def without_text(task):
     """The task with the text cut away: of each message, what follows the last blank line."""
-    messages = [{**m, "content": m["content"].rpartition("\n\n")[2]} for m in task["messages"]]
-    return {**task, "messages": messages}
+    return {**task, "messages": [{**m, "content": m["content"].rpartition("\n\n")[2]} for m in task["messages"]]}
 
 
 def answer_tasks(model, tokenizer, tasks, thinking=False, plain=False, kept=None):
@@ -159,10 +158,8 @@ class Answers:
         if path and os.path.exists(path):
             with open(path, "rb") as file:
                 for line in file:
-                    try:
+                    with contextlib.suppress(ValueError, TypeError):  # empty, or torn by a kill: answered again
                         self.texts.update([json.loads(line)])
-                    except (ValueError, TypeError):  # empty, or torn by a kill: answered again
-                        continue
 
     def key(self, prompt, sampling):
         return hashlib.sha256(f"{self.checkpoint} {sampling} {prompt}".encode()).hexdigest()[:32]
@@ -258,14 +255,15 @@ def sample_chats(tasks, ask):
 
 
 def thinking_switch(tasks, ask):
-    """{"on", "off"}: accuracy, share of answers with a thought, and mean length in characters, of the tasks that need one."""
+    """{"on", "off"}: accuracy, share of answers with a thought, and mean length in characters, of the tasks that need one; {}
+    where none does."""
     reasoning, switch = [task for task in tasks if "think" in task], {}
-    for name, on in (("on", True), ("off", False)):
-        given = ask(reasoning, thinking=on) if reasoning else []
+    for name, on in (("on", True), ("off", False)) if reasoning else ():
+        given = ask(reasoning, thinking=on)
         switch[name] = {
-            "accuracy": accuracy(reasoning, [answer for _, answer in given])["by_task"] if given else {},
-            "with_thought": float(np.mean([bool(thought) for thought, _ in given])) if given else 0.0,
-            "characters": float(np.mean([len(thought) + len(answer) for thought, answer in given])) if given else 0.0,
+            "accuracy": accuracy(reasoning, [answer for _, answer in given])["by_task"],
+            "with_thought": float(np.mean([bool(thought) for thought, _ in given])),
+            "characters": float(np.mean([len(thought) + len(answer) for thought, answer in given])),
         }
     return switch
 

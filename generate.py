@@ -1,9 +1,7 @@
 """Generation: answers to many prompts at once, a stream of one answer, and a chat in the terminal (v2 §5.1 settings).
 
-The work is engine.py's; here are the three ways to use it. `generate` completes every prompt n times: prompts are prefilled once, rows
-are refilled as answers end, and each completion has its own random stream, made from the seed, its prompt and its number: what a
-prompt gets does not depend on what else is in the batch (but for rounding: see engine.py). `stream` yields text as it comes. The chat
-shows thoughts dimmed.
+The work is engine.py's; here are the three ways to use it: `generate` completes every prompt n times, `stream` yields text as it comes,
+the chat shows thoughts dimmed.
 
     python generate.py                                          # chat with runs/demo (/help lists the commands)
     python generate.py --prompt "What is 27 + 45?" --think      # one answer
@@ -41,11 +39,10 @@ class Completion:
 def generate(model, tokenizer, prompts, sampling, n=1, max_rows=64, stops=(), draft=False):
     """Complete each prompt n times; list of Completion, prompt-major.
 
-    prompts: lists of token ids (`Tokenizer.encode_chat` makes them) or strings, encoded as ordinary text.
-    A completion ends at <|end|> or <|endoftext|>, at one of the strings `stops`, after sampling.max_tokens, or where the context
-    ends. max_rows bounds the rows decoded together, and so the cache: max_rows x (longest prompt and answer) tokens, and beside it once
-    each prompt in work that has several answers. draft lets
-    the MTP blocks guess ahead, which changes the speed and not the answers. Raises InputError on an empty prompt, one
+    prompts: lists of token ids (`Tokenizer.encode_chat` makes them) or strings, encoded as ordinary text. A completion ends at <|end|> or
+    <|endoftext|>, at one of the strings `stops`, after sampling.max_tokens, or where the context ends. max_rows bounds the rows decoded
+    together, and so the cache: max_rows x (longest prompt and answer) tokens, and beside it once each prompt in work that has several
+    answers. draft lets the MTP blocks guess ahead, which changes the speed and not the answers. Raises InputError on an empty prompt, one
     that leaves no room in the context, settings out of range, or logits that are not finite.
     """
     if isinstance(prompts, str):

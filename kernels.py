@@ -1,10 +1,9 @@
 """Moving tokens to their experts and back: the memcpy operator of Compass-v3, in Triton and in plain PyTorch.
 
-`permute` copies every token's row to its K experts' places in expert order; `unpermute` brings the K
-results back as one weighted sum. Each input row is read once and each output row written once; there are
-no atomics, so results are deterministic, and both backward passes are the same two movements again.
-Every kernel stands beside its eager twin (`*_reference`); dispatch is by device, and
-TRITON_INTERPRET=1 runs the Triton code on a CPU.
+`permute` copies every token's row to its K experts' places in expert order; `unpermute` brings the K results back as one weighted sum. Each
+input row is read once and each output row written once; there are no atomics, so results are deterministic, and both backward passes are
+the same two movements again. Every kernel stands beside its eager twin (`*_reference`); dispatch is by device, and TRITON_INTERPRET=1 runs
+the Triton code on a CPU.
 
 Shapes: N tokens, K experts per token, R = N*K copies, E experts, D features in, F features out.
 
@@ -212,9 +211,9 @@ def dequantize_int4(qweight, scales, zeros):
 
 
 def int4_grouped_matmul_reference(x_RD, qweight, scales, zeros, counts_E):
-    """Eager twin of `int4_grouped_matmul`: dequantise, then multiply expert by expert."""
-    weight_EFD = dequantize_int4(qweight, scales.float(), zeros.float()).to(x_RD.dtype)
-    return torch.cat([x @ w.T for x, w in zip(x_RD.split(counts_E.tolist()), weight_EFD, strict=True)])
+    """Eager twin of `int4_grouped_matmul`, expert by expert."""
+    parts = zip(x_RD.split(counts_E.tolist()), qweight, scales, zeros, strict=True)
+    return torch.cat([int4_matmul_reference(*part) for part in parts])
 
 
 def int4_matmul_reference(x, qweight, scales, zeros):
@@ -222,22 +221,17 @@ def int4_matmul_reference(x, qweight, scales, zeros):
     return x @ dequantize_int4(qweight, scales.float(), zeros.float()).to(x.dtype).T
 
 
-FP8_MAX = 448.0  # the largest number of e4m3
-
-
 def quantise_rows_reference(x):
     """Eager twin of `quantise_rows`."""
     largest = x.detach().abs().amax(-1).float()
-    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    scale = torch.where(largest > 0, largest / 448.0, 1.0)  # the largest number of e4m3
     return (x.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn).contiguous(), scale
 
 
 def fp8_grouped_matmul_reference(x_RD, weight_fp8, weight_scale, counts_E):
-    """Eager twin of `fp8_grouped_matmul`: the same rounding, the products in fp32."""
-    x_fp8_RD, scale_R = quantise_rows_reference(x_RD)
-    parts = zip(x_fp8_RD.float().split(counts_E.tolist()), weight_fp8.float(), weight_scale.float(), strict=True)
-    y_RF = torch.cat([x @ w.T * scale for x, w, scale in parts])
-    return (y_RF * scale_R.unsqueeze(-1)).to(x_RD.dtype)
+    """Eager twin of `fp8_grouped_matmul`, expert by expert: the same rounding, the products in fp32."""
+    parts = zip(x_RD.split(counts_E.tolist()), weight_fp8, weight_scale, strict=True)
+    return torch.cat([fp8_matmul_reference(*part) for part in parts])
 
 
 def fp8_matmul_reference(x, weight_fp8, weight_scale):

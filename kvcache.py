@@ -86,16 +86,11 @@ class KVCache:
         """One softmax over prefix and own slots. The queries of all rows that share a prefix read it in one product."""
         B, G, Q, C = q_BGQC.shape
         longest = max(prefix.k.shape[3] for prefix, _ in self.shared)
-        before_BGQP = None
+        before_BGQP = q_BGQC.new_full((B, G, Q, longest), -torch.inf)
         for prefix, rows in self.shared:
             q_GNC = q_BGQC[rows].transpose(0, 1).reshape(G, -1, C)
-            scores_BGQP = torch.bmm(q_GNC, prefix.k[layer, 0].to(q_GNC.dtype).transpose(1, 2)).unflatten(1, (-1, Q)).transpose(0, 1)
-            if len(scores_BGQP) == B:  # the only prefix, of every row
-                before_BGQP = scores_BGQP
-                break
-            if before_BGQP is None:
-                before_BGQP = q_BGQC.new_full((B, G, Q, longest), -torch.inf)
-            before_BGQP[rows, :, :, : prefix.k.shape[3]] = scores_BGQP
+            scores_GNP = torch.bmm(q_GNC, prefix.k[layer, 0].to(q_GNC.dtype).transpose(1, 2))
+            before_BGQP[rows, :, :, : prefix.k.shape[3]] = scores_GNP.unflatten(1, (-1, Q)).transpose(0, 1)
         probs_BGQM = torch.cat((before_BGQP, scores_XQM.view(B, G, Q, -1)), -1).softmax(-1).to(v_XMC.dtype)
         y_BGQC = torch.bmm(probs_BGQM[..., longest:].flatten(0, 1), v_XMC).view(B, G, Q, C)
         for prefix, rows in self.shared:

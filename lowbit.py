@@ -25,11 +25,6 @@ UNPACK = 64  # above so many rows of one matrix, dequantising it is cheaper than
 FAST_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def round_up_to_bf16(positive):
-    """The next larger number that bf16 holds, in fp32: scales are stored in bf16, and one rounded down would cut the range."""
-    return ((positive.contiguous().view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
-
-
 def quantize_int4(weight, group_size, clip=1.0):
     """Asymmetric int4 with one scale and zero a group: w = (q - zero) * scale within scale / 2, where nothing is clipped.
 
@@ -43,7 +38,9 @@ def quantize_int4(weight, group_size, clip=1.0):
         raise InputError("int4: the weight is not finite: the checkpoint is damaged or training diverged")
     grouped = weight.float().unflatten(-1, (-1, group_size))
     low, high = grouped.amin(-1).clamp(max=0) * clip, grouped.amax(-1).clamp(min=0) * clip  # zero is always in range
-    scales = round_up_to_bf16(torch.where(high > low, ((high - low) / 15).clamp(min=1e-30), 1.0))
+    scales = torch.where(high > low, ((high - low) / 15).clamp(min=1e-30), 1.0).contiguous()
+    # up to the next number that bf16 holds: they are stored in it, and one rounded down would cut the range
+    scales = ((scales.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
     zeros = (-low / scales).round()
     q = (grouped / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8).flatten(-2)
     return tuple(tensor.contiguous() for tensor in (q[..., 0::2] | q[..., 1::2] << 4, scales, zeros))  # of a transposed weight, too

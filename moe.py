@@ -1,9 +1,8 @@
 """Mixture of experts (v2 §2.2): shared experts that see every token, routed experts that see their own.
 
-A router scores all experts for each token; the best K of E work on it, weighted by their renormalised
-probabilities, beside the shared experts that always do. Two small losses keep the router
-healthy: the aux loss spreads tokens over experts, the z-loss keeps the router's logits small. No token
-is ever dropped.
+A router scores all experts for each token; the best K of E work on it, weighted by their renormalised probabilities, beside the shared
+experts that always do. Two small losses keep the router healthy: the aux loss spreads tokens over experts, the z-loss keeps the router's
+logits small. No token is ever dropped.
 
 Shapes: N tokens, D model width, E experts, K experts per token, R = N*K, F expert width, P threads.
 

@@ -62,7 +62,7 @@ def transported_mass(cost_BTS, mass_BT, mass_BS, reg, reg_marginal):
     that with reg of at least 0.05 no entry of K is below e^-20; `sinkhorn` takes any.
     """
     f = contraction(reg, reg_marginal)
-    kernel_BTS, a_BT1, b_B1S = (cost_BTS / -reg).exp(), mass_BT.unsqueeze(2), mass_BS.unsqueeze(1)
+    kernel_BTS, a_BT1, b_B1S = (cost_BTS / -reg).exp_(), mass_BT.unsqueeze(2), mass_BS.unsqueeze(1)
     v_B1S = (b_B1S > 0).to(kernel_BTS.dtype)
     for _ in range(sweeps_for(reg, reg_marginal)):
         u_BT1 = (a_BT1 / (kernel_BTS @ v_B1S.mT)) ** f
@@ -75,9 +75,9 @@ def distances(x_BTD, y_BSD):
     a common beginning are: these few are computed again from the difference."""
     lengths_BTS = x_BTD.square().sum(2).unsqueeze(2) + y_BSD.square().sum(2).unsqueeze(1)
     squared_BTS = torch.baddbmm(lengths_BTS, x_BTD, y_BSD.transpose(1, 2), alpha=-2)
-    b, t, s = (squared_BTS < 1e-3 * lengths_BTS).nonzero(as_tuple=True)
+    b, t, s = (squared_BTS < lengths_BTS.mul_(1e-3)).nonzero(as_tuple=True)
     squared_BTS[b, t, s] = (x_BTD[b, t] - y_BSD[b, s]).square().sum(1)
-    return squared_BTS.sqrt()
+    return squared_BTS.sqrt_()
 
 
 def answers_alone(mask_BT, x_BTx):
@@ -101,8 +101,9 @@ def ot_token_weights(hidden_chosen_BTD, hidden_rejected_BSD, mask_chosen_BT, mas
     with torch.autocast(hidden_chosen_BTD.device.type, enabled=False):
         x_BAD, a_BA = (answers_alone(a_BT, x) for x in (hidden_chosen_BTD.to(wide), a_BT))  # prompts would only cost time and memory
         y_BCD, b_BC = (answers_alone(b_BS, y) for y in (hidden_rejected_BSD.to(wide), b_BS))
-        cost_BAC = distances(x_BAD, y_BCD).masked_fill((a_BA.unsqueeze(2) * b_BC.unsqueeze(1)) == 0, 0.0)
-        cost_BAC = cost_BAC / cost_BAC.amax((1, 2), keepdim=True).clamp_min(1.0)
+        cost_BAC = distances(x_BAD, y_BCD).mul_((a_BA > 0).unsqueeze(2)).mul_((b_BC > 0).unsqueeze(1))
+        # in place: on a CPU fresh memory costs more than the sums
+        cost_BAC.div_(cost_BAC.amax((1, 2), keepdim=True).clamp_min(1.0))
         chosen_BA, rejected_BC = transported_mass(cost_BAC, a_BA, b_BC, reg, reg_marginal)
         share_B1 = tau_B1 / chosen_BA.sum(1, keepdim=True)
     w_chosen_BA, w_rejected_BC = share_B1 * chosen_BA, share_B1 * rejected_BC

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
@@ -61,9 +61,10 @@ def layout_of(text, world, config):
         if axis not in Layout._fields or axis in sizes or not size.isdecimal() or int(size) < 1:
             raise InputError(f"--parallel {text}: {part!r} is not one of pp, dp, cp, ep, tp, vpp, named once, with a number: ep=2,cp=2")
         sizes[axis] = int(size)
-    rest = math.prod(size for axis, size in sizes.items() if axis not in ("dp", "vpp"))
+    ranks = {axis: size for axis, size in sizes.items() if axis != "vpp"}
+    rest = math.prod(size for axis, size in ranks.items() if axis != "dp")
     if world % rest or sizes.get("dp", world // rest) * rest != world:
-        raise InputError(f"--parallel {text}: {' x '.join(f'{a}={n}' for a, n in sizes.items())} does not make {world} processes")
+        raise InputError(f"--parallel {text}: {' x '.join(f'{a}={n}' for a, n in ranks.items())} does not make {world} processes")
     layout = Layout(**{**sizes, "dp": world // rest})
     if layout.vpp > 1 and layout.pp == 1:
         raise InputError(f"--parallel vpp={layout.vpp} cuts a pipeline's stages into runs of layers: name pp, too")
@@ -219,6 +220,13 @@ def fsdp_dim(p):
     return Shard(1) if isinstance(p, DTensor) and p.placements[0] == Shard(0) else Shard(0)
 
 
+def shard(module, mesh, placement=fsdp_dim, **precision):
+    """FSDP of a module, in its own precision unless another is given; gradients add up, as the losses are weighed already."""
+    fully_shard(module, mesh=mesh, shard_placement_fn=placement, mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
 def parallelize(model, ranks, *, recompute=False, dtype=None):
     """Make a Compass (on any device, "meta" too) one rank's part of the whole, in place.
 
@@ -227,10 +235,8 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place changes of its output, of which we make none
     layout, mesh = ranks.layout, ranks.mesh
-    half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    full = MixedPrecisionPolicy(cast_forward_inputs=False)
+    half = dict(param_dtype=dtype, reduce_dtype=torch.float32)
     model.ranks = ranks
-    shard = functools.partial(fully_shard, mesh=ranks.data, mp_policy=half, shard_placement_fn=fsdp_dim)
     for block in (*model.blocks.children(), *(mtp.block for mtp in model.mtp)):  # a pipeline stage's, or all
         routed = isinstance(block.feed_forward, MoE)
         if layout.cp > 1:
@@ -243,27 +249,16 @@ def parallelize(model, ranks, *, recompute=False, dtype=None):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if routed:
             moe = block.feed_forward
-            fully_shard(moe.router, mesh=ranks.data, mp_policy=full)
+            shard(moe.router, ranks.data)
             if moe.shared is not None:
-                shard(moe.shared)
-            shard(moe, mesh=ranks.experts, shard_placement_fn=lambda p, gate_up=moe.gate_up_ED2F: Shard(1 if p is gate_up else 2))
-        shard(block)
+                shard(moe.shared, ranks.data, **half)
+            shard(moe, ranks.experts, lambda p, gate_up=moe.gate_up_ED2F: Shard(1 if p is gate_up else 2), **half)
+        shard(block, ranks.data, **half)
     if model.embedding is not None:
-        shard(model.embedding)
-    shard(model)
+        shard(model.embedding, ranks.data, **half)
+    shard(model, ranks.data, **half)
     register_fsdp_forward_method(model, "hidden")  # the final norm and the head stay gathered behind it
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # the losses are weighed already: gradients add up
-            module.set_force_sum_reduction_for_comms(True)
     return model
-
-
-def shard_whole(module, ranks):
-    """FSDP of a small module beside a parallelized model, in its own precision; its gradients add up like the model's."""
-    fully_shard(module, mesh=ranks.data, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)
 
 
 def packed_orders(model):

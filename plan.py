@@ -281,12 +281,22 @@ def step_time(config, layout, recipe, rows, mfu, imbalance=1.0):
     return micro_steps, seconds, micro_steps * links[0] / LINK, micro_steps * links[1] / NETWORK
 
 
-def advice(config, gpus, T, rows, imbalance=1.0):
-    """The first layout near by whose formula fits, as text."""
-    ep = math.gcd(NODE, gpus)
+def refuse_uneven(total, layout, rows):
+    """Raise InputError where a step of `total` rows leaves some ranks of a micro-step, or pipeline stages, without work."""
+    ways = layout.dp * layout.ep
+    if 0 < total % (ways * rows) < ways:
+        raise InputError(f"the last micro-step has {total % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
+    if total < ways * layout.pp:
+        raise InputError(f"{total} rows a step leave dp x ep = {ways} ranks fewer micro-batches than {layout.pp} pipeline stages")
+
+
+def advice(config, recipe, gpus, rows, imbalance=1.0):
+    """The first layout near by whose formula fits and whose ranks all have rows, as text."""
+    ep, T = math.gcd(NODE, gpus), recipe.seq_len
     for cp, few in itertools.product((1, 2, 4, 8, 16), sorted({rows, 1}, reverse=True)):
         with contextlib.suppress(InputError):  # a layout that cannot be
             layout = layout_of(f"ep={ep},cp={cp}", gpus, config)
+            refuse_uneven(recipe.rows, layout, few)
             if T % (2 * cp) == 0 and formula(config, layout, few, T, imbalance)["peak"] <= (1 - LEFT_FREE) * GPU_MEMORY:
                 return f"--parallel ep={ep},cp={cp} with --rows {few} fits by formula"
     return f"no layout with ep={ep} and cp up to 16 fits by formula: take more GPUs"
@@ -330,7 +340,6 @@ def report(args):
     T = recipe.seq_len
     rows = args.rows or recipe.micro_rows
     layout = layout_of(args.parallel or LAYOUTS.get((args.config, T), f"ep={math.gcd(NODE, args.gpus)}"), args.gpus, config)
-    ways = layout.dp * layout.ep
     if args.imbalance > 1 and (layout.ep == 1 or layout.pp > 1):
         raise InputError("--imbalance is of expert ranks and counted without pipeline stages: it needs ep over 1 and pp = 1")
     print(f"{args.config}, stage {stage}: {recipe.schedule.steps:,} steps of {recipe.rows} rows of {T:,} tokens on {args.gpus} GPUs")
@@ -339,17 +348,14 @@ def report(args):
           f"{args.imbalance:g} times an even share")  # fmt: skip
     if config.mtp_depth:
         print("multi-token prediction is counted in every step; where the stage leaves it out, all is a little less")
-    if 0 < recipe.rows % (ways * rows) < ways:
-        raise InputError(f"the last micro-step has {recipe.rows % (ways * rows)} rows for dp x ep = {ways}: take another layout or --rows")
-    if recipe.rows < ways * layout.pp:
-        raise InputError(f"{recipe.rows} rows a step leave dp x ep = {ways} ranks fewer micro-batches than {layout.pp} pipeline stages")
+    refuse_uneven(recipe.rows, layout, rows)
     if layout.pp > 1:
         pipeline_table(config, layout, recipe, rows)
         return
     peak = checked(config, layout, rows, T, args.imbalance)["peak"]
     fits = peak <= (1 - LEFT_FREE) * GPU_MEMORY
     print(f"\npeak {peak / 1e9:.1f} of {GPU_MEMORY / 1e9:.0f} GB, {LEFT_FREE:.0%} of which stay free for CUDA, NCCL and fragmentation: "
-          + ("fits" if fits else "does not fit; " + advice(config, args.gpus, T, rows, args.imbalance)))  # fmt: skip
+          + ("fits" if fits else "does not fit; " + advice(config, recipe, args.gpus, rows, args.imbalance)))  # fmt: skip
     micro_steps, compute, node, network = step_time(config, layout, recipe, rows, args.mfu, args.imbalance)
     print(f"a step: {micro_steps} micro-steps, {compute:.1f} s of computation at {args.mfu:.0%} MFU; at full speed NVLink "
           f"({LINK / 1e9:.0f} GB/s) is busy for {node:.1f} s\nand the network ({NETWORK / 1e9:.0f} GB/s) for {network:.1f} s, "

@@ -1,11 +1,10 @@
 """Quantization after training: round-to-nearest and AWQ in 4 bits, FP8 in 8, calibrated expert by expert (v2 §6.3; v3's expert-aware FP8).
 
 A weight matrix W is stored as small integers or as e4m3 numbers (lowbit.py says how). What hurts is not the weight's error but the
-output's, and a few inputs are much larger than the rest. So inputs are multiplied by c and W's columns divided by c, which
-changes nothing in exact arithmetic, and c is chosen by the output error on calibration tokens: AWQ tries c = (mean |x|)^-alpha and
-then clips ranges; FP8 tries SmoothQuant's c = max|W|^(1-alpha) / max|x|^alpha. No scaling is always among the candidates.
-Each expert is calibrated on the tokens routed to it. Where the router sends an expert few of them, `oversample` picks further
-texts until every expert has seen MINIMUM.
+output's, and a few inputs are much larger than the rest. So inputs are multiplied by c and W's columns divided by c, which changes nothing
+in exact arithmetic, and c is chosen by the output error on calibration tokens: AWQ tries c = (mean |x|)^-alpha and then clips ranges; FP8
+tries SmoothQuant's c = max|W|^(1-alpha) / max|x|^alpha. No scaling is always among the candidates. Each expert is calibrated on the tokens
+routed to it. Where the router sends an expert few of them, `oversample` picks further texts until every expert has seen MINIMUM.
 
 The c of qkv, out and gate_up stay explicit and multiply the (sorted) inputs: the norm before the experts feeds the router too, so
 that c cannot go there without touching it. Only the c of down folds, into the rows of up. Router, head, embedding, norms and MTP
@@ -24,7 +23,6 @@ import json
 import math
 import os
 import random
-import shutil
 from typing import NamedTuple
 
 import torch
@@ -276,10 +274,9 @@ def main():
         out=dict(help="run folder to write (default: <run>-<method>)"),
     )  # fmt: skip
     device, tokenizer, out = cli.pick_device(args.device), Tokenizer.load(args.run), args.out or f"{args.run.rstrip('/')}-{args.method}"
-    stage = args.stage or checkpoint.latest_stage(args.run)
-    state = checkpoint.load_latest(args.run, stage)
+    state = checkpoint.load_latest(args.run, args.stage or checkpoint.latest_stage(args.run))
     checkpoint.inherit(state, tokenizer)
-    path = os.path.join(out, stage.partition("/")[0], f"step_{state['step']}.pt")
+    path = os.path.join(out, state["stage"].partition("/")[0], f"step_{state['step']}.pt")
     checkpoint.refuse_occupied(out)
     model = checkpoint.load_model(state, device).eval()
     pool = calibration_pool(tokenizer, args.data, model.config.max_seq_len, args.seed)
@@ -292,10 +289,8 @@ def main():
     print(report_table(quantized.report))
     for name, p in quantized.named_parameters():  # what is left alone stays in the precision it was stored in
         p.data = p.data.to(state["model"][name].dtype)
-    os.makedirs(out, exist_ok=True)
-    for name in sorted(os.listdir(args.run)):
-        if name.startswith("tokenizer.") or name == "metrics.jsonl":
-            shutil.copy(os.path.join(args.run, name), out)
+    tokenizer.save(out)
+    cli.write_jsonl(os.path.join(out, "metrics.jsonl"), checkpoint.read_metrics(args.run))
     group = None if args.method.startswith("fp8") else args.group
     summary = {"method": args.method, "group": group, "texts": len(chosen), "minimum": MINIMUM, "matrices": quantized.report}
     cli.write_atomically(os.path.join(out, "quantization.json"), json.dumps(summary, indent=1).encode())

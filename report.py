@@ -5,7 +5,6 @@ evaluate.py fills the dict `report` and calls `write_report`; report.json holds 
 
 import json
 import os
-from collections import defaultdict
 
 import matplotlib
 
@@ -19,17 +18,17 @@ from cli import write_atomically
 plt.rcParams["figure.constrained_layout.use"] = True
 
 
+def by_stage(metrics):
+    """{stage: its entries with a loss}, in training order."""
+    logged = {stage: [e for e in metrics if e["stage"] == stage and e.get("lm") is not None] for stage in STAGES}
+    return {stage: entries for stage, entries in logged.items() if entries}
+
+
 def stage_losses(metrics):
     """{stage: mean lm loss of its LAST steps}, {stage: median tokens per second}."""
-    by_stage = defaultdict(list)
-    for entry in metrics:
-        if entry.get("lm") is not None:
-            by_stage[entry["stage"]].append(entry)
-    loss = {
-        stage: float(np.mean([e["lm"] for e in entries if e["step"] > entries[-1]["step"] - LAST])) for stage, entries in by_stage.items()
-    }
-    speed = {stage: float(np.median([e["tokens_per_s"] for e in entries])) for stage, entries in by_stage.items()}
-    return loss, speed
+    logged = by_stage(metrics)
+    loss = {stage: float(np.mean([e["lm"] for e in es if e["step"] > es[-1]["step"] - LAST])) for stage, es in logged.items()}
+    return loss, {stage: float(np.median([e["tokens_per_s"] for e in entries])) for stage, entries in logged.items()}
 
 
 def save(figure, path):
@@ -48,10 +47,9 @@ def percent_map(axis, grid_RC, columns, rows):
 
 
 def plot_losses(metrics, path):
-    stages = [stage for stage in STAGES if any(e["stage"] == stage and e.get("lm") is not None for e in metrics)]
-    figure, axes = plt.subplots(1, max(1, len(stages)), figsize=(3.2 * max(1, len(stages)), 3), squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=False):
-        entries = [e for e in metrics if e["stage"] == stage and e.get("lm") is not None]
+    logged = by_stage(metrics)
+    figure, axes = plt.subplots(1, max(1, len(logged)), figsize=(3.2 * max(1, len(logged)), 3), squeeze=False)
+    for axis, (stage, entries) in zip(axes[0], logged.items(), strict=False):
         steps, losses = [e["step"] for e in entries], [e["lm"] for e in entries]
         width = min(25, len(losses))
         axis.plot(steps, losses, color="0.8", linewidth=0.8)
@@ -137,7 +135,7 @@ def write_report(run, report, chats):
     baselines = "majority, copy and without text are baselines that cannot know the answer, but where a task has no text to be cut away."
     sections.append(baselines + " ![accuracy](accuracy.png)")
     plot_accuracy(report["accuracy"][last], f"accuracy after {last}, %", os.path.join(run, "accuracy.png"))
-    if report.get("thinking", {}).get("on", {}).get("accuracy"):
+    if report.get("thinking"):
         sections += ["## Thinking on and off", thinking_table(report["thinking"])]
     if report.get("choices"):
         rows = [

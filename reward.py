@@ -73,9 +73,9 @@ class RewardModel(nn.Module):
         self.value = nn.Linear(backbone.config.dim, 1, bias=False)
         nn.init.normal_(self.value.weight, std=backbone.config.dim**-0.5, generator=torch.Generator().manual_seed(seed))
         if self.ranks.several:
-            from parallel import shard_whole
+            from parallel import shard
 
-            shard_whole(self.value, self.ranks)
+            shard(self.value, self.ranks.data)
 
     def forward(self, tokens_BT, doc_ids_BT):
         """rewards_B of whole conversations; doc_ids is -1 on the padding behind them."""

@@ -58,20 +58,19 @@ def pack(lengths, capacity):
     Longest first, every sample goes to the bin it fills best: the one with the least free space that suffices, found by bisection.
     Raises InputError (a ValueError) naming the index of a sample that is longer than capacity, or empty.
     """
-    bins, sizes = [], []  # sizes: the free spaces that bins have, ascending
+    bins, sizes = [], [capacity]  # sizes: the free spaces to be had, ascending; a whole new bin always is
     having = [[] for _ in range(capacity)]  # having[free]: the bins with so much space
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not 0 < lengths[i] <= capacity:
             raise InputError(f"sample {i} has {lengths[i]} tokens; a packed row holds 1 to {capacity}")
-        at = bisect.bisect_left(sizes, lengths[i])
-        if at == len(sizes):
-            b, free = len(bins), capacity
+        free = sizes[bisect.bisect_left(sizes, lengths[i])]
+        if free == capacity:
+            b = len(bins)
             bins.append([])
         else:
-            free = sizes[at]
             b = having[free].pop()
             if not having[free]:
-                del sizes[at]
+                sizes.remove(free)
         bins[b].append(i)
         if left := free - lengths[i]:
             if not having[left]:

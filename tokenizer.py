@@ -1,9 +1,8 @@
 """Byte-level BPE for South-East Asia: three sub-tokenizers trained apart, merged into one (v2 §2.1.3).
 
-A tokenizer trained on everything at once gives its vocabulary to whoever has the most text. Compass
-trains one BPE on its eight main languages, one on nine European ones and one on Chinese, then merges
-them: main first, then what European and Chinese add. The result is a plain tiktoken rank table, so
-encoding runs at tiktoken's speed; training is ours and is written below.
+A tokenizer trained on everything at once gives its vocabulary to whoever has the most text. Compass trains one BPE on its eight main
+languages, one on nine European ones and one on Chinese, then merges them: main first, then what European and Chinese add. The result is a
+plain tiktoken rank table, so encoding runs at tiktoken's speed; training is ours and is written below.
 
     python tokenizer.py                                    # laptop: embedded data, 4k vocabulary
     python tokenizer.py --data corpus --config v2_30b      # node: 150k + 20k + 50k merged to 180k
@@ -45,8 +44,7 @@ def characters(token):
 def bpe(parts, ranks):
     """Merge a list of bytes objects, lowest rank first and leftmost among equals, until nothing merges.
 
-    This is the encoder by merges alone. tiktoken first looks the whole chunk up and so would hide
-    a token that merges never reach.
+    This is the encoder by merges alone. tiktoken first looks the whole chunk up and so would hide a token that merges never reach.
     """
     while True:
         best = min(((ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks), default=None)
@@ -71,9 +69,8 @@ def symbol(rank):
 def train_bpe(texts, vocab_size, max_token_chars=16):
     """Train byte-level BPE on an iterable of str; return {token bytes: rank}, the 256 bytes first.
 
-    The most frequent adjacent pair of tokens becomes a token; of equals, the pair with the smaller ranks.
-    Every word is always held as the encoder would encode it. Stops early when no pair is left that
-    occurs twice. Raises InputError when vocab_size is below 256.
+    The most frequent adjacent pair of tokens becomes a token; of equals, the pair with the smaller ranks. Every word is always held as the
+    encoder would encode it. Stops early when no pair is left that occurs twice. Raises InputError when vocab_size is below 256.
     """
     counts = Counter()
     for text in texts:
@@ -216,14 +213,12 @@ class Tokenizer:
     def encode_chat(self, messages, thinking=False, full_loss=False):
         """Render a chat (v2 §3.2); return (ids, loss_mask), two lists of equal length.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": str, "think"?: str}, …]. Each turn is
-        `<|role|> content<|end|>`; with the space the first word is the same token as inside a sentence, which is
-        what copying an answer from a text needs. A last turn that is not the assistant's is followed by
-        `<|assistant|>`, ready to generate. thinking=True adds THINK_PROMPT to the system turn and `<think>…</think>` to the
-        last answer; older thoughts are never shown. loss_mask[i] is 1 when token i is to be predicted:
-        the assistant's content and its `<|end|>`, with thinking only the last answer's (the older ones stand there without the thought that
-        was asked for), or with full_loss every token but the first.
-        Raises InputError on an unknown role or a message without text.
+        messages: [{"role": "system" | "user" | "assistant", "content": str, "think"?: str}, …]. Each turn is `<|role|> content<|end|>`;
+        with the space the first word is the same token as inside a sentence, which is what copying an answer from a text needs. A last turn
+        that is not the assistant's is followed by `<|assistant|>`, ready to generate. thinking=True adds THINK_PROMPT to the system turn
+        and `<think>…</think>` to the last answer; older thoughts are never shown. loss_mask[i] is 1 when token i is to be predicted: the
+        assistant's content and its `<|end|>`, with thinking only the last answer's (the older ones stand there without the thought that was
+        asked for), or with full_loss every token but the first. Raises InputError on an unknown role or a message without text.
         """
         messages = list(messages)
         for i, message in enumerate(messages):
@@ -293,8 +288,7 @@ def main():
     from compass import config_named
     from data.reader import documents
 
-    split = parse_split(args.split)
-    tokenizer = train(documents(args.data, "general", args.seed), config_named(args.config).vocab_size, split)
+    tokenizer = train(documents(args.data, "general", args.seed), config_named(args.config).vocab_size, parse_split(args.split))
     there = all(glob.glob(os.path.join(glob.escape(args.run), name)) for name in ("tokenizer.tiktoken", "*/step_*.pt"))
     if there and Tokenizer.load(args.run).hash != tokenizer.hash:
         raise InputError(f"{args.run} holds checkpoints that need its present tokenizer, which is another: name another --run")

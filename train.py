@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import begun, changed_fields, inherit, load_latest, load_model, prune, refuse_another, rewind_metrics, save_checkpoint
+from checkpoint import begun, changed_fields, inherit, load_latest, load_model, prune, rewind_metrics, save_checkpoint
 from cli import InputError
 from compass import CONFIGS, Compass, CompassConfig, config_named
 from data import reader
@@ -101,12 +101,8 @@ class TokenRows:
 
     def batches(self, rows, micro_rows):
         """The function of step that `fit` wants: the global batch as a list of micro-batches."""
-
-        def at(step):
-            chosen = range(step * rows, (step + 1) * rows)
-            return [assemble([self.row(i) for i in chosen[m : m + micro_rows]], self.length) for m in range(0, rows, micro_rows)]
-
-        return at
+        parts = [range(rows)[at : at + micro_rows] for at in range(0, rows, micro_rows)]
+        return lambda step: [assemble([self.row(step * rows + i) for i in part], self.length) for part in parts]
 
 
 def losses_of(model, batch):
@@ -198,7 +194,11 @@ def _first_row(batch):
 def _restore(model, optimizer, run, stage, tokenizer_hash, data):
     """Bring model and optimizer to where the stage's newest intact checkpoint stands, and return that step."""
     state = load_latest(run, stage, weights=not model.ranks.several)
-    refuse_another(state, model, tokenizer_hash)
+    changed = changed_fields(state["config"], model.config)
+    if state["tokenizer_hash"] != tokenizer_hash:
+        changed.append(f"tokenizer {state['tokenizer_hash'][:12]}, now {tokenizer_hash[:12]}")
+    if changed:
+        raise InputError(f"{stage} was begun otherwise ({'; '.join(changed)}): it cannot be resumed so")
     if state.get("data") not in (None, data):
         raise InputError(f"{run}/{stage} was begun on other data (its first row differs): give it as then, or name another --run")
     if model.ranks.several:

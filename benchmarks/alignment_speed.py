@@ -2,7 +2,7 @@
 
 OTPO's token weights, one batched solve, against POT's unbalanced Sinkhorn pair by pair (batch 64, answers of up to 256 tokens). And n = 32
 answers of 48 tokens, sampled as online DPO samples, from one shared prompt cache, against transformers' generate with the same weights and
-settings; it has no ungated shared experts, so our model has none here. Arms take turns, medians of five.
+settings; it has no ungated shared experts, so our model has none here. Arms take turns, five rounds.
 
     python -m benchmarks.alignment_speed      # about two minutes
 """
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import cli
-from benchmarks import keep
+from benchmarks import best_peer, keep, quartiles, ratios, shown, timed
 from benchmarks.generation import endless_tokenizer
-from benchmarks.moe import medians, twin
+from benchmarks.moe import twin
 from compass import CONFIGS, Compass
 from dpo import EXPLORING
 from generate import generate
@@ -95,12 +95,14 @@ def sampling_arms(length):
 
 
 def tables(results):
-    ours = results["transport"]["ours, batched, fp32"]
-    transport = [[name, f"{1e3 * seconds:.0f}", f"{seconds / ours:.1f}"] for name, seconds in results["transport"].items()]
+    seconds, times = results["transport"]["seconds"], results["transport"]["times ours"]
+    transport = [[name, shown(found, scale=1e3), shown(times[name], 1)] for name, found in seconds.items()]
     sampling = []
     for length in PROMPTS:
-        ours, *peers = results[f"sampling after {length} tokens"].values()
-        sampling.append([f"after {length} tokens", f"{ours:.2f}", f"{min(peers):.2f}", f"{min(peers) / ours:.1f}"])
+        found = results[f"sampling after {length} tokens"]
+        peer, (ours, *_) = found["best peer"], found["seconds"].values()
+        cells = shown(ours, 2), shown(found["seconds"][peer], 2), shown(found["times ours"][peer], 1)
+        sampling.append([f"after {length} tokens", *cells])
     return {
         "transport": table(transport, [f"token weights of {B} pairs of up to {T} tokens", "ms", "times ours"]),
         "sampling": table(sampling, [f"{N} answers of {NEW} tokens", "ours, s", "transformers at its best, s", "ratio"]),
@@ -112,11 +114,16 @@ def main():
     results = {"threads": torch.get_num_threads()}
     groups = {"transport": transport_arms(), **{f"sampling after {length} tokens": sampling_arms(length) for length in PROMPTS}}
     for what, arms in groups.items():
-        seconds = results[what] = medians(arms, ROUNDS)
-        ours, *peers = seconds.values()
-        for name, value in seconds.items():
-            print(f"{what:27} {name:36} {value:8.3f} s")
-        print(f"{what:27} the best peer takes {min(peers) / ours:.1f} times as long\n")
+        seconds = timed(arms, ROUNDS)
+        ours, *_ = seconds.values()
+        found = results[what] = {
+            "seconds": {name: quartiles(rounds) for name, rounds in seconds.items()},
+            "times ours": {name: ratios(rounds, ours) for name, rounds in seconds.items()},
+        }  # fmt: skip
+        if what != "transport":
+            found["best peer"] = best_peer(seconds)
+        for name, rounds in found["seconds"].items():
+            print(f"{what:27} {name:36} {shown(rounds, 3):>24} s, {shown(found['times ours'][name], 1)} times ours")
     keep("alignment_speed", results)
 
 

@@ -16,6 +16,7 @@ afterwards, on fresh models, the arms taking turns.
 import dataclasses
 import json
 import os
+import statistics
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,8 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cli
-from benchmarks import RESULTS, finished, keep, keep_finished
-from benchmarks.moe import medians
+from benchmarks import RESULTS, finished, keep, keep_finished, timed
 from compass import CONFIGS, Compass
 from data import market
 from evaluate import bits_per_byte
@@ -113,7 +113,8 @@ def step_times(tokenised):
         optimizer = make_optimizer(model)
         return lambda: _train_step(model, optimizer, batch, language_model_loss, 1e-3, torch.device("cpu"))
 
-    return medians({key: step_of(config) for key, (config, _) in arms().items()}, 15)
+    seconds = timed({key: step_of(config) for key, (config, _) in arms().items()}, 15)
+    return {key: statistics.median(rounds) for key, rounds in seconds.items()}
 
 
 def summary(runs):

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 import cli
-from benchmarks import RESULTS, finished, keep, keep_finished, kept
-from benchmarks.moe import medians, twin
+from benchmarks import RESULTS, best_peer, finished, keep, keep_finished, kept, quartiles, ratios, shown, timed
+from benchmarks.moe import twin
 from benchmarks.quantization import LARGE, held, read_for_a_token, reloaded
 from compass import CONFIGS, Compass, CompassConfig, count_parameters
 from data import market
@@ -47,7 +47,7 @@ from tokenizer import train as train_tokenizer
 from train import RECIPES, Tokenised, TokenRows, _train_step, language_model_loss, lr_at, make_optimizer
 
 FREE = Sampling(temperature=1.0, top_k=0, top_p=1.0, repetition=1.0)
-ROUNDS, STEPS, SEEDS = 3, 200, 3
+ROUNDS, TURNS, STEPS, SEEDS = 5, 3, 200, 3
 
 
 def endless_tokenizer(vocab_size):
@@ -70,7 +70,7 @@ def evaluation_tasks():
 
 
 def peers():
-    """{case: {arm: seconds}} of answers of a given length, 32 at once.
+    """{case: {"seconds": {arm: quartiles}, "best peer", "ratio"}} of answers of a given length, 32 at once.
 
     transformers takes prompts of about one length together, pads them on the left, and goes on until the longest answer is done.
     """
@@ -116,9 +116,10 @@ def peers():
         first = [(prompt, 1) for prompt, _ in asked]
         arms = {"ours": lambda asked=asked, n=n: ours(asked, n), "ours, first tokens": lambda asked=first, n=n: ours(asked, n)}
         arms |= {f"transformers, {e}": lambda e=e, asked=asked, n=n: peer(e, asked, n) for e in ("eager", "grouped_mm", "batched_mm")}
-        seconds = results[case] = medians(arms, ROUNDS)
-        seconds["best peer / ours"] = min(v for k, v in seconds.items() if k.startswith("transformers")) / seconds["ours"]
-        print(case, json.dumps(seconds), flush=True)
+        seconds = timed(arms, ROUNDS)
+        best, found = best_peer(seconds), {name: quartiles(rounds) for name, rounds in seconds.items()}
+        results[case] = {"seconds": found, "best peer": best, "ratio": ratios(seconds[best], seconds["ours"])}
+        print(case, json.dumps(results[case]), flush=True)
     return results
 
 
@@ -138,7 +139,8 @@ def served(model, tokenizer, at_once, length, new):
 
 
 def concurrency():
-    """{"memory, MB": {method: weights}, shape: {method: {requests at once: figures}}} of the engine alone, random weights."""
+    """{"memory, MB": {method: weights}, shape: {method: {requests at once: {figure: quartiles of TURNS}}}} of the engine alone, random
+    weights."""
     torch.manual_seed(0)
     model, tokenizer = Compass(replace(CONFIGS["tiny"], max_seq_len=512)).eval(), endless_tokenizer(4096)
     models, seen = {"FP32": model}, [torch.randint(4096, (8, 256))]
@@ -147,8 +149,9 @@ def concurrency():
     for shape, length, new in (("300 in, 50 out", 300, 50), ("256 in, 64 out", 256, 64)):
         results[shape] = {name: {} for name in models}
         for at_once in (1, 4, 16, 64, 256):
-            for name, model in models.items():
-                results[shape][name][at_once] = served(model, tokenizer, at_once, length, new)
+            turns = [[served(model, tokenizer, at_once, length, new) for model in models.values()] for _ in range(TURNS)]
+            for name, runs in zip(models, zip(*turns, strict=True), strict=True):
+                results[shape][name][at_once] = {figure: quartiles([run[figure] for run in runs]) for figure in runs[0]}
                 print(shape, name, at_once, json.dumps(results[shape][name][at_once]), flush=True)
     return results
 
@@ -163,15 +166,19 @@ def bandwidth():
         engine = Engine(model, endless_tokenizer(config.vocab_size), 1)
         engine.submit(list(range(16)), replace(GREEDY, max_tokens=200))
         engine.step()
-        seconds = medians({"sum": large.sum, "step": engine.step}, 30)
-        limit, ours = large.nbytes / seconds["sum"], read_for_a_token(model) / seconds["step"]
-        results[name] = {"parameters": count_parameters(config)[0], "tokens/s": 1 / seconds["step"], "limit": limit, "ours": ours}
+        seconds, read = timed({"sum": large.sum, "step": engine.step}, 30), read_for_a_token(model)
+        limit, ours = ([size / s for s in seconds[arm]] for arm, size in (("sum", large.nbytes), ("step", read)))
+        results[name] = {
+            "parameters": count_parameters(config)[0], "tokens/s": quartiles([1 / s for s in seconds["step"]]),
+            "limit": quartiles(limit), "ours": quartiles(ours), "share": ratios(ours, limit),
+        }  # fmt: skip
         print(name, json.dumps(results[name]), flush=True)
     return results
 
 
 def length():
-    """{"step", "attention": {tokens already there: milliseconds}} of 16 rows; attention, the reading of keys and values, may grow."""
+    """{"step", "attention": {tokens already there: quartiles of the milliseconds of 100 steps}} of 16 rows; attention, the reading of keys
+    and values, may grow."""
     torch.manual_seed(0)
     model, tokenizer = Compass(replace(CONFIGS["tiny"], max_seq_len=2048)).eval(), endless_tokenizer(4096)
     engine, seconds, attend = Engine(model, tokenizer, 16, 2048), {"step": [], "attention": []}, KVCache.attend
@@ -191,7 +198,8 @@ def length():
             engine.step()
             seconds["step"].append(time.perf_counter() - began)
     places = (100, 500, 1000, 1500, 1900)
-    results = {part: {f"{at}": 1e3 * statistics.median(spent[at - 50 : at + 50]) for at in places} for part, spent in seconds.items()}
+    seconds["the rest"] = [step - attention for step, attention in zip(seconds["step"], seconds["attention"], strict=True)]
+    results = {part: {f"{at}": quartiles([1e3 * s for s in spent[at - 50 : at + 50]]) for at in places} for part, spent in seconds.items()}
     print("ms a step by tokens of the answer", results)
     return results
 
@@ -261,13 +269,13 @@ def plot(results, path):
     """Throughput by concurrency, and the time of a step by length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for name, rows in results["concurrency"]["256 in, 64 out"].items():
-        left.plot([int(n) for n in rows], [row["tokens/s"] for row in rows.values()], "o-", label=name)
+        left.plot([int(n) for n in rows], [row["tokens/s"][1] for row in rows.values()], "o-", label=name)
     left.set(xlabel="requests at once, 256 in, 64 out", ylabel="tokens/s, prefill included", title="throughput of `tiny`", ylim=(0, None))
     left.set_xscale("log", base=2)
     left.set_xticks([int(n) for n in rows], rows)
     left.legend()
     for part, steps in results["length"].items():
-        right.plot([int(at) for at in steps], list(steps.values()), "o-", label=part)
+        right.plot([int(at) for at in steps], [median for _, median, _ in steps.values()], "o-", label=part)
     right.set(xlabel="tokens of the answer", ylabel="ms a step of 16 rows", title="cost of a step", ylim=(0, None))
     right.legend()
     for axis in (left, right):
@@ -280,23 +288,20 @@ def tables(results):
         return ", ".join(f"{scale * value:.{digits}f}" for value in values)
 
     peers, load, methods = [], [], []
-    for case, seconds in results["peers"].items():
-        ours, first, ratio = (seconds[name] for name in ("ours", "ours, first tokens", "best peer / ours"))
-        peers.append([case, f"{ours:.3f}", f"{first:.3f}", f"{ours * ratio:.3f}", f"{ratio:.1f}"])
+    for case, found in results["peers"].items():
+        seconds = (shown(found["seconds"][name], 3) for name in ("ours", "ours, first tokens", found["best peer"]))
+        peers.append([case, *seconds, shown(found["ratio"], 1)])
     (_, memory), *shapes = results["concurrency"].items()
     for shape, by_method in shapes:
         for n, row in by_method["FP32"].items():
-            rest = f"{row['first token, s']:.3f}", f"{row['later token, ms']:.1f}", f"{row['cache, MB']:.1f}"
-            load.append([shape, n, f"{row['tokens/s']:,.0f}", *rest])
+            rest = shown(row["first token, s"], 3), shown(row["later token, ms"], 1), f"{row['cache, MB'][1]:.1f}"
+            load.append([shape, n, shown(row["tokens/s"]), *rest])
         for name, rows in by_method.items():
-            cells = (f"{row['tokens/s']:,.0f} ({row['later token, ms']:.1f})" for row in rows.values())
-            methods.append([shape, name, f"{memory[name]:.1f}", *cells])
+            methods.append([shape, name, f"{memory[name]:.1f}", *(shown(row["tokens/s"]) for row in rows.values())])
     length, mtp, rates = results["length"], results["mtp"], []
     for name, band in results["bandwidth"].items():
-        shown = f"{band['parameters'] / 1e6:.0f}M", f"{band['tokens/s']:.1f}", f"{band['ours'] / 1e9:.1f}", f"{band['limit'] / 1e9:.1f}"
-        rates.append([name, *shown, f"{100 * band['ours'] / band['limit']:.0f}"])
-    parts = {"step of 16 rows": length["step"], "attention": length["attention"]}
-    parts["the rest"] = {at: value - length["attention"][at] for at, value in length["step"].items()}
+        cells = [shown(band["tokens/s"], 1), *(shown(band[which], 1, 1e-9) for which in ("ours", "limit")), shown(band["share"], scale=100)]
+        rates.append([name, f"{band['parameters'] / 1e6:.0f}M", *cells])
     ms = [f"{value:.0f}" for value in mtp["ms a training step, without and with"]]
     paired = "{:+.3f} ± {:.3f}".format(*mtp["difference, mean and spread"])
     block = [
@@ -307,10 +312,10 @@ def tables(results):
         "peers": table(peers, ["", "ours, s", "of it to the first tokens", "transformers, s", "ratio"]),
         "bandwidth": table(rates, ["", "parameters", "tokens/s", "weights, GB/s", "limit, GB/s", "%"]),
         "concurrency": table(load, ["FP32, requests", "at once", "tokens/s", "first token, s", "later, ms", "cache, MB"]),
-        "methods": table(methods, ["tokens/s (ms a later token), at once", "", "weights, MB", *by_method["FP32"]]),
+        "methods": table(methods, ["tokens/s, at once", "", "weights, MB", *by_method["FP32"]]),
         "length": table(
-            [[name, *(f"{value:.1f}" for value in part.values())] for name, part in parts.items()],
-            ["ms, after so many tokens", *length["step"]],
+            [[name, *(shown(found, 1) for found in part.values())] for name, part in length.items()],
+            ["ms of 16 rows, after so many tokens", *length["step"]],
         ),
         "mtp": table(block, ["block", "bits per byte", "paired", "ms a training step", "guesses right, %", "decoding, times as fast"]),
     }

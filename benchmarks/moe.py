@@ -2,21 +2,19 @@
 
 The limit is this machine's fp32 rate on a 1024^3 matrix product. A training step of `tiny` counts 6 * (active parameters - embedding)
 + attention FLOPs a token. The peer is transformers' Qwen2-MoE of the same sizes, on the same tokens, under each of its
-experts implementations and optimizer settings alike; its best counts. Arms take turns, medians of nine.
+experts implementations and optimizer settings alike; its best counts. Arms take turns, nine rounds.
 
     python -m benchmarks.moe      # about 2 minutes on two cores
 """
 
 import dataclasses
 import json
-import statistics
-import time
 
 import torch
 from torch import nn
 
 import cli
-from benchmarks import keep
+from benchmarks import best_peer, keep, quartiles, ratios, shown, timed
 from compass import CONFIGS, Compass, count_parameters
 from kernels import permute, permute_reference, unpermute, unpermute_reference
 from moe import MoE
@@ -24,18 +22,6 @@ from report import table
 from train import CLIP, make_optimizer
 
 ROWS, T, ROUNDS = 8, 256, 9
-
-
-def medians(arms, rounds=ROUNDS):
-    """{name: median seconds} of callables that take turns; one round of warm-up."""
-    seconds = {name: [] for name in arms}
-    for i in range(rounds + 1):
-        for name, arm in arms.items():
-            began = time.perf_counter()
-            arm()
-            if i:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def matmul_rate():
@@ -179,14 +165,15 @@ def permute_arms(N=8192, D=512, E=32, K=4):
 
 def tables(results):
     def in_ms(what, seconds):
-        return table([["ms", *(f"{1e3 * value:.0f}" for value in seconds.values())]], [what, *seconds])
+        return table([["ms", *(shown(found, scale=1e3) for found in seconds.values())]], [what, *seconds])
 
     step = results["training step of tiny"]
-    ours, best = step["seconds"]["ours"], step["seconds"]["ours"] * step["speed-up over transformers"]
-    figures = [f"{1e3 * ours:.0f}", f"{1e3 * best:.0f}", f"{best / ours:.2f}", f"{step['matmul GFLOP/s']:.0f}"]
+    seconds = step["seconds"]
+    cells = [shown(seconds[name], scale=1e3) for name in ("ours", step["best peer"])] + [shown(step["times as fast"], 2)]
+    cells += [shown(step["matmul GFLOP/s"]), shown(step["share of the matmul rate"], scale=100)]
     header = ["ours, ms", "transformers at its best, ms", "times as fast", "matrix products, GFLOP/s", "our share of that rate, %"]
     return {
-        "step": table([[*figures, f"{100 * step['share of the matmul rate']:.0f}"]], header),
+        "step": table([cells], header),
         "layer": in_ms("one layer, 4,096 tokens", results["layer, 4096 tokens"]),
         "experts": in_ms("number of experts, 16,384 tokens", results["layer by number of experts, 16384 tokens"]),
         "permute": in_ms("permute and unpermute", results["permute and unpermute"]),
@@ -200,17 +187,19 @@ def main():
     arms = {"matmul": product, "ours": our_step(config)}
     for experts in ("eager", "batched_mm", "grouped_mm"):
         arms[f"transformers {experts}"] = their_step(config, experts, "sdpa")
-    seconds = medians(arms)
-    rate = flops / seconds["matmul"]
-    best = min(value for name, value in seconds.items() if name.startswith("transformers"))
+    seconds = timed(arms, ROUNDS)
+    peer, share = best_peer(seconds), step_flops(config, ROWS * T, T) / flops
     results["training step of tiny"] = {
-        "seconds": seconds, "matmul GFLOP/s": rate / 1e9, "speed-up over transformers": best / seconds["ours"],
-        "share of the matmul rate": step_flops(config, ROWS * T, T) / seconds["ours"] / rate,
+        "seconds": {name: quartiles(rounds) for name, rounds in seconds.items()}, "best peer": peer,
+        "times as fast": ratios(seconds[peer], seconds["ours"]), "matmul GFLOP/s": quartiles([flops / s / 1e9 for s in seconds["matmul"]]),
+        "share of the matmul rate": [share * ratio for ratio in ratios(seconds["matmul"], seconds["ours"])],
     }  # fmt: skip
-    results["layer, 4096 tokens"] = medians(layer_arms(config))
     by_experts = {E: layer_arms(dataclasses.replace(config, n_experts=E), tokens=16384)["ours"] for E in (8, 16, 32, 64)}
-    results["layer by number of experts, 16384 tokens"] = medians(by_experts)
-    results["permute and unpermute"] = medians(permute_arms())
+    for what, arms in (
+        ("layer, 4096 tokens", layer_arms(config)), ("layer by number of experts, 16384 tokens", by_experts),
+        ("permute and unpermute", permute_arms()),
+    ):  # fmt: skip
+        results[what] = {name: quartiles(rounds) for name, rounds in timed(arms, ROUNDS).items()}
     print(json.dumps(results, indent=1))
     keep("moe", results)
 

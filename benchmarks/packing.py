@@ -16,14 +16,13 @@ lower bound, and the time for a million lengths.
 
 import json
 import random
-import statistics
 import tempfile
 import time
 
 import torch
 
 import cli
-from benchmarks import keep
+from benchmarks import keep, quartiles, shown
 from benchmarks.moe import their_model
 from compass import CONFIGS, Compass
 from data import market
@@ -95,7 +94,7 @@ def loss_difference(model, packed, bins=40):
 
 
 def trl_speed(config, samples, experts, rows, accumulate):
-    """Valid tokens per second of trl's SFTTrainer: median over its steps."""
+    """Valid tokens per second of trl's SFTTrainer in each of its steps but the first three."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -129,7 +128,7 @@ def trl_speed(config, samples, experts, rows, accumulate):
         packed = trainer.train_dataset
         trainer.train()
     per_row = sum(map(sum, packed["seq_lengths"])) / len(packed)
-    return per_row * rows * accumulate / statistics.median(clock.seconds[3:])
+    return [per_row * rows * accumulate / seconds for seconds in clock.seconds[3:]]
 
 
 def bins():
@@ -156,12 +155,11 @@ def bins():
 
 
 def tables(results):
-    fast, bins, loss = results["packed"]["valid tokens/s"], dict(results["bins"]), results["loss"]
+    (_, fast, _), bins, loss = results["valid tokens/s"]["packed"], dict(results["bins"]), results["loss"]
     arms = []
-    for name, r in results.items():
-        if name not in ("packed against trl", "loss", "bins"):
-            filled, speed = f"{100 * r['filled']:.1f}" if "filled" in r else "", r["valid tokens/s"]
-            arms.append([name, filled, f"{speed:,.0f}", f"{fast / speed:.2f}"])
+    for name, speed in results["valid tokens/s"].items():
+        filled = f"{100 * results['filled'][name]:.1f}" if name in results["filled"] else ""
+        arms.append([name, filled, shown(speed), f"{fast / speed[1]:.2f}"])
     seconds = bins.pop("seconds for a million lengths")
     filled = [[kind, *(f"{n:,}" for n in counts.values())] for kind, counts in bins.items()]
     return {
@@ -182,24 +180,22 @@ def main():
     chosen = curriculum("sft1", training(0, 300), 0)
     packed = Chats(chosen, tokenizer, CAPACITY, 0)
     arms, model = our_arms(config, packed, Chats(chosen, tokenizer, CAPACITY, 0, packed=False))
-    seconds, seen = {name: [] for name in arms}, {name: [0, 0] for name in arms}
+    speeds, seen = {name: [] for name in arms}, {name: [0, 0] for name in arms}
     for i in range(STEPS):
         for name, arm in arms.items():
             began = time.perf_counter()
             valid, places = arm()
             if i >= 3:
-                seconds[name].append((time.perf_counter() - began) / valid)
+                speeds[name].append(valid / (time.perf_counter() - began))
                 seen[name] = [seen[name][0] + valid, seen[name][1] + places]
-    results = {
-        name: {"valid tokens/s": 1 / statistics.median(seconds[name]), "filled": seen[name][0] / seen[name][1]} for name in arms
-    }
     for experts in ("eager", "grouped_mm"):
         for rows, accumulate in ((ROWS, 1), (2, ROWS // 2), (1, ROWS)):
-            speed = trl_speed(config, packed.samples, experts, rows, accumulate)
-            results[f"trl, packed, {rows} x {accumulate} rows, {experts}"] = {"valid tokens/s": speed}
-    best = max(figures["valid tokens/s"] for name, figures in results.items() if name.startswith("trl"))
-    results["packed against trl"] = results["packed"]["valid tokens/s"] / best
-    results["loss"], results["bins"] = loss_difference(model, packed), bins()
+            speeds[f"trl, packed, {rows} x {accumulate} rows, {experts}"] = trl_speed(config, packed.samples, experts, rows, accumulate)
+    results = {
+        "valid tokens/s": {name: quartiles(steps) for name, steps in speeds.items()},
+        "filled": {name: valid / places for name, (valid, places) in seen.items()},
+        "loss": loss_difference(model, packed), "bins": bins(),
+    }  # fmt: skip
     print(json.dumps(results, indent=1))
     keep("packing", results)
 

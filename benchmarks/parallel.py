@@ -1,14 +1,13 @@
 """Scaling: one process against two on this machine, measured; and 1 to 64 nodes from the plan's bytes, computed.
 
-Measured: training steps of `tiny` on the same global batch, one thread a process (and one process with two threads);
-medians. Computed: v2_30b with a fixed batch for each GPU, computation at a stated MFU, the bytes of plan.py at the links' full
+Measured: training steps of `tiny` on the same global batch, one thread a process (and one process with two threads).
+Computed: v2_30b with a fixed batch for each GPU, computation at a stated MFU, the bytes of plan.py at the links' full
 speed, once wholly beside the computation and once wholly after it; the truth lies between.
 
     python -m benchmarks.parallel      # about 2 minutes on two cores
 """
 
 import json
-import statistics
 import tempfile
 import time
 
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import cli
-from benchmarks import keep
+from benchmarks import keep, quartiles, shown
 from compass import CONFIGS, Compass
 from parallel import Layout, Ranks, parallelize
 from plan import LINK, NETWORK, PEAK_FLOPS, bytes_received, model_flops
@@ -27,8 +26,8 @@ ROWS, T, STEPS, WARM_UP = 16, 256, 12, 3
 MFU, PLANNED_ROWS, NODES = 0.35, 6, (1, 2, 4, 8, 16, 32, 64)
 
 
-def median_step(model):
-    """Median seconds of a training step on this rank's rows of a random batch."""
+def timed_steps(model):
+    """Seconds of each training step on this rank's rows of a random batch."""
     torch.manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (ROWS, T))
     batch = dict(tokens=tokens, targets=tokens.roll(-1, 1), weights=torch.ones(ROWS, T), doc_ids=torch.zeros_like(tokens),
@@ -38,7 +37,7 @@ def median_step(model):
         began = time.perf_counter()
         _train_step(model, optimizer, [model.ranks.take(batch)], language_model_loss, 1e-3, torch.device("cpu"))
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[WARM_UP:])
+    return seconds[WARM_UP:]
 
 
 def of_rank(rank, folder, layout, threads):
@@ -48,13 +47,13 @@ def of_rank(rank, folder, layout, threads):
     if layout is not None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         model = parallelize(model, Ranks(layout, "cpu"))
-    seconds = median_step(model)
+    seconds = timed_steps(model)
     if rank == 0:
         json.dump(seconds, open(f"{folder}/seconds", "w"))
 
 
 def measured():
-    """{arm: tokens/s}."""
+    """{arm: quartiles of tokens/s}."""
     arms = {
         "1 process, 1 thread": (None, 1, 1), "1 process, 2 threads": (None, 2, 1),
         "2 processes, dp=2": (Layout(dp=2), 1, 2), "2 processes, ep=2": (Layout(ep=2), 1, 2),
@@ -63,8 +62,8 @@ def measured():
     for name, (layout, threads, processes) in arms.items():
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(of_rank, (folder, layout, threads), nprocs=processes)
-            speeds[name] = round(ROWS * T / json.load(open(f"{folder}/seconds")))
-        print(f"{name:22} {speeds[name]:7,} tokens/s, {speeds[name] / speeds['1 process, 1 thread']:.2f} times one thread")
+            speeds[name] = quartiles([ROWS * T / seconds for seconds in json.load(open(f"{folder}/seconds"))])
+        print(f"{name:22} {shown(speeds[name])} tokens/s")
     return speeds
 
 
@@ -87,8 +86,8 @@ def computed(name="v2_30b"):
 
 
 def tables(results):
-    alone = results["tiny"]["1 process, 1 thread"]
-    measured = [[name, f"{speed:,}", f"{speed / alone:.2f}"] for name, speed in results["tiny"].items()]
+    alone = results["tiny"]["1 process, 1 thread"][1]
+    measured = [[name, shown(speed), f"{speed[1] / alone:.2f}"] for name, speed in results["tiny"].items()]
     first = results["v2_30b"][0]["exposed"]
     planned = [
         [row["nodes"], f"{row['overlapped']:,.0f}", f"{row['exposed']:,.0f}", f"{100 * row['exposed'] / first:.0f}"]

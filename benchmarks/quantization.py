@@ -34,8 +34,7 @@ import numpy as np
 import torch
 
 import cli
-from benchmarks import RESULTS, keep, kept
-from benchmarks.moe import medians
+from benchmarks import RESULTS, keep, kept, quartiles, ratios, shown, timed
 from benchmarks.tuning import general_model
 from checkpoint import checksum, latest_stage, load_latest, load_model, save_checkpoint
 from compass import CONFIGS, Compass, rope_table
@@ -63,7 +62,7 @@ SEARCHED = ("awq", "fp8")  # the others do not depend on calibration
 LARGE = dataclasses.replace(
     CONFIGS["small"], n_layers=12, n_heads=16, n_kv_heads=4, n_experts=16, expert_dim=384, vocab_size=8192, max_seq_len=1024
 )  # fmt: skip
-BATCHES, NEW, ROUNDS = (1, 8, 64), 16, 3
+BATCHES, NEW, ROUNDS = (1, 8, 64), 16, 5
 PRODUCT, PRODUCT_ROWS = (768, 1024), (1, 8, 16, 64, 128)  # one matrix (F, D), rows of x
 RARE, NARROW, CHANNELS, FACTORS = "th", 8, 4, (1, 100, 100_000)
 
@@ -241,23 +240,23 @@ def products():
             "int4 to fp32, then the product": lambda x=x_ND: x @ dequantize_int4(*stored).float().T,
         }
         with torch.inference_mode():
-            for name, seconds in medians(arms, 50).items():
-                results[name][rows] = 1e6 * seconds
+            for name, seconds in timed(arms, 50).items():
+                results[name][rows] = [1e6 * value for value in quartiles(seconds)]
     print(json.dumps(results), flush=True)
     return results
 
 
 def speed():
-    """Greedy decoding: {"disk", "memory", "read": {arm: bytes of its file, held, read for a token}, "limit": bytes/s of a sum of 1.2 GB,
-    "tokens/s": {arm: {batch: rate}}, "products"}, rates by the steps between the least time for one token and the least for NEW more, each
-    of ROUNDS, after a round that does not count."""
+    """Greedy decoding: {"disk", "memory", "read": {arm: bytes of its file, held, read for a token}, "limit": quartiles of the bytes/s of a
+    sum of 1.2 GB, "tokens/s", "times FP32": {arm: {batch: quartiles}}, "products"}, rates by the NEW steps between one token and 1 + NEW in
+    each of ROUNDS, after a round that does not count."""
     tokenizer, models = Tokenizer(train_bpe([d["text"] for d in market.documents("general", 0, per_language=30)], 500)), large_models()
     disk = {name: on_disk(model, torch.float32) for name, model in models.items()}
     with torch.no_grad():  # no answer stops early: the stop tokens' logits are 0, never the largest
         for model in models.values():
             pack(model)
             model.head.weight[list(tokenizer.special.values())] = 0
-    rates = {name: {} for name in models}
+    rates, times = ({name: {} for name in models} for _ in range(2))
     for batch in BATCHES:
         prompts, seconds = [[1 + row, 7, 9, 300] for row in range(batch)], defaultdict(list)
         for turn in range(1 + ROUNDS):
@@ -268,14 +267,15 @@ def speed():
                     if turn:
                         seconds[name, tokens].append(time.perf_counter() - began)
                     assert all(len(completion.ids) == tokens for completion in made)
+        spent = {name: [more - one for one, more in zip(seconds[name, 1], seconds[name, 1 + NEW], strict=True)] for name in models}
         for name in models:
-            rates[name][batch] = batch * NEW / (min(seconds[name, 1 + NEW]) - min(seconds[name, 1]))
-        print(batch, {name: f"{rates[name][batch]:.1f}" for name in models}, flush=True)
+            rates[name][batch], times[name][batch] = quartiles([batch * NEW / s for s in spent[name]]), ratios(spent["FP32"], spent[name])
+        print(batch, {name: shown(rates[name][batch], 1) for name in models}, flush=True)
     large = torch.randn(300_000_000)
-    limit = large.nbytes / medians({"sum": large.sum}, 10)["sum"]
+    limit = quartiles([large.nbytes / s for s in timed({"sum": large.sum}, 10)["sum"]])
     memory, read = ({name: size_of(model) for name, model in models.items()} for size_of in (held, read_for_a_token))
     sizes = {"disk": disk, "memory": memory, "read": read}
-    return {"threads": torch.get_num_threads(), **sizes, "limit": limit, "tokens/s": rates, "products": products()}
+    return {"threads": torch.get_num_threads(), **sizes, "limit": limit, "tokens/s": rates, "times FP32": times, "products": products()}
 
 
 @torch.no_grad()
@@ -335,10 +335,9 @@ def plot(results, path):
         axes[0].set(xlabel="MB on disk (FP32: as bf16)", ylabel="divergence from FP32, nats a token", title="quality and size")
         axes[0].legend(fontsize=8)
     if "speed" in results:
-        rates = results["speed"]["tokens/s"]
-        for i, (name, by_batch) in enumerate(rates.items()):
-            ratios = [value / rates["FP32"][batch] for batch, value in by_batch.items()]
-            axes[1].bar([x + 0.21 * (i - 1.5) for x in range(len(ratios))], ratios, 0.2, label=name)
+        for i, (name, by_batch) in enumerate(results["speed"]["times FP32"].items()):
+            times = [median for _, median, _ in by_batch.values()]
+            axes[1].bar([x + 0.21 * (i - 1.5) for x in range(len(times))], times, 0.2, label=name)
         axes[1].set_xticks(range(len(BATCHES)), [f"batch {batch}" for batch in BATCHES])
         axes[1].set(ylabel="speed, times that of FP32", title="decoding, random model of 300M")
         axes[1].legend(fontsize=8)
@@ -361,20 +360,20 @@ def tables(results):
     made = {}
     if "speed" in results:
         measured, rows = results["speed"], []
-        rates, limit, products = measured["tokens/s"], measured["limit"], measured["products"]
+        rates, (_, limit, _), products = measured["tokens/s"], measured["limit"], measured["products"]
         for name, by_batch in rates.items():
-            cells = (f"{rate:.1f} ({rate / rates['FP32'][batch]:.2f} ×)" for batch, rate in by_batch.items())
-            weights = measured["read"][name] * by_batch[str(BATCHES[0])]
+            cells = (f"{shown(rate, 1)}; {measured['times FP32'][name][batch][1]:.2f} ×" for batch, rate in by_batch.items())
+            weights = measured["read"][name] * by_batch[str(BATCHES[0])][1]
             sizes = (f"{measured[kind][name] / 1e6:.0f}" for kind in ("disk", "memory"))
             rows.append([name, *sizes, *cells, f"{weights / 1e9:.1f} ({100 * weights / limit:.0f} %)"])
         header = ["tokens/s", "MB on disk", "in memory", *(f"batch {batch}" for batch in rates["FP32"])]
         made["speed"] = table(rows, [*header, f"weights read at batch 1, GB/s (of {limit / 1e9:.1f})"])
-        rows = [[name, *(f"{micro:.0f}" for micro in by_rows.values())] for name, by_rows in products.items()]
+        rows = [[name, *(shown(micro) for micro in by_rows.values())] for name, by_rows in products.items()]
         made["products"] = table(rows, ["microseconds, rows", *products["fp32"]])
     if "quality" in results:
-        shown, rows, tasks_of = {"loss": (1, 4), "divergence": (1, 5), "moved": (100, 3), "accuracy": (100, 1)}, [], {}
+        columns, rows, tasks_of = {"loss": (1, 4), "divergence": (1, 5), "moved": (100, 3), "accuracy": (100, 1)}, [], {}
         for name, arm in results["quality"]["arms"].items():
-            cells = (", ".join(f"{k * run[key]:.{d}f}" for run in arm["runs"] if key in run) for key, (k, d) in shown.items())
+            cells = (", ".join(f"{k * run[key]:.{d}f}" for run in arm["runs"] if key in run) for key, (k, d) in columns.items())
             errors = ("/".join(f"{100 * error:.1f}" for error in run["layer errors"]) for run in arm["runs"] if "layer errors" in run)
             rows.append([name, f"{arm['disk'] / 1e6:.2f}", f"{arm['memory'] / 1e6:.2f}", *cells, ", ".join(errors)])
             for task in arm["runs"][0]["by_task"]:

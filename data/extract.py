@@ -202,18 +202,13 @@ def read_parquet(path):
     if "text" not in file.schema_arrow.names:
         raise InputError(f'{path}: no column "text", only {", ".join(file.schema_arrow.names)}')
     columns, number = [name for name in ("text", "lang", "source") if name in file.schema_arrow.names], 0
-    batches = file.iter_batches(1000, columns=columns)
-    while True:
-        try:
-            batch = next(batches, None)
-            rows = batch.to_pylist() if batch is not None else ()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: damaged behind row {number} ({error})") from None
-        if batch is None:
-            return
-        for row in rows:
-            number += 1  # an empty cell is an empty text, and counted as one
-            yield checked({"text": "", **{name: value for name, value in row.items() if value is not None}}, f"{path}: row {number}")
+    try:
+        for batch in file.iter_batches(1000, columns=columns):
+            for row in batch.to_pylist():
+                number += 1  # an empty cell is an empty text, and counted as one
+                yield checked({"text": "", **{name: value for name, value in row.items() if value is not None}}, f"{path}: row {number}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged behind row {number} ({error})") from None
 
 
 def documents_of(path):

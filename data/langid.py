@@ -1,10 +1,9 @@
 """Language of every sentence, by a linear model over hashed n-grams and words (v2 §2.1.1: sentence-level identification).
 
-A sentence becomes the buckets of its byte n-grams of 2, 3 and 4 bytes (UTF-8, lower case, letters only) and of its
-words; the model is one table W (buckets, languages), and the softmax of the mean of a sentence's rows is its
-distribution over languages. The shipped table data/langid.npz knows 17 languages and was trained on openly licensed text and
-our own marketplace only. Such text is rare in Malay, most of which it takes for Indonesian: train your own table
-on a folder of <lang>.jsonl files where the difference matters.
+A sentence becomes the buckets of its byte n-grams of 2, 3 and 4 bytes (UTF-8, lower case, letters only) and of its words; the model is one
+table W (buckets, languages), and the softmax of the mean of a sentence's rows is its distribution over languages. The shipped table
+data/langid.npz knows 17 languages and was trained on openly licensed text and our own marketplace only. Such text is rare in Malay, most of
+which it takes for Indonesian: train your own table on a folder of <lang>.jsonl files where the difference matters.
 
     python -m data.langid --text "Barangnya sudah sampai, terima kasih kak"
     python -m data.langid --train CORPUS            # writes data/langid.npz anew

@@ -1,10 +1,9 @@
 """The embedded default corpus: a synthetic South-East-Asian marketplace in eight languages.
 
-Products are invented (brand, series, attributes, price, stock); what is said about them comes from
-hand-written lexicons and templates, one file per language in data/lexicon/. Everything is a pure
-function of a seed. A product belongs to the training or the test world by a hash of its name, and
-page, review and question templates are split the same way, so no held-out product or phrasing
-is ever trained on. Words (colours, cities, praise) are shared by both worlds.
+Products are invented (brand, series, attributes, price, stock); what is said about them comes from hand-written lexicons and templates, one
+file per language in data/lexicon/. Everything is a pure function of a seed. A product belongs to the training or the test world by a hash
+of its name, and page, review and question templates are split the same way, so no held-out product or phrasing is ever trained on. Words
+(colours, cities, praise) are shared by both worlds.
 
     python -m data.market     # prints one product page, review and chat per language
 """

@@ -1,8 +1,7 @@
 """Reads any folder of .txt and .jsonl (or .jsonl.gz) files, or the embedded marketplace when no folder is given; files of tasks, of pairs.
 
-A .txt file is one document; a .jsonl line is {"text": …, "lang"?: …}. The language is the line's "lang", else the
-file's name when it is a language code (th.jsonl), else unknown. Every twentieth document by hash is
-held out for measuring and never trained on.
+A .txt file is one document; a .jsonl line is {"text": …, "lang"?: …}. The language is the line's "lang", else the file's name when it is a
+language code (th.jsonl), else unknown. Every twentieth document by hash is held out for measuring and never trained on.
 """
 
 import codecs
@@ -67,18 +66,22 @@ def parsed(line):
         raise ValueError("nested too deeply") from None
 
 
-def read_jsonl(path):
-    """(line number, object) of each line; malformed JSON or a line that is no object is an error with its line."""
+def read_jsonl(path, faults=None):
+    """(line number, object) of each line; malformed JSON or a line that is no object is an error with its line, or one more of `faults`."""
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             value = parsed(line)
+            fault = None if isinstance(value, dict) else f"expected a JSON object, got {type(value).__name__}"
         except ValueError as error:
-            raise InputError(f"{path}:{number}: malformed JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
-        yield number, value
+            fault = f"malformed JSON ({error})"
+        if fault is None:
+            yield number, value
+        elif faults is None:
+            raise InputError(f"{path}:{number}: {fault}")
+        else:
+            faults.append(f"{path}:{number}: {fault}")
 
 
 def message_faults(messages):
@@ -88,8 +91,9 @@ def message_faults(messages):
         messages = []
     for message in messages:
         fields = message if isinstance(message, dict) else {}
-        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str) or not fields["content"].strip():
-            yield f"a message needs a role ({', '.join(ROLES)}) and a text as content, got {message!r}"
+        texts = fields.get("content"), fields.get("think", "")
+        if fields.get("role") not in ROLES or not all(isinstance(text, str) for text in texts) or not texts[0].strip():
+            yield f"a message needs a role ({', '.join(ROLES)}) and text as content (and think, if any), got {message!r}"
         elif message is messages[-1] and message["role"] != "user":
             yield f"the last message must be the user's, got one of {message['role']}"
 
@@ -125,22 +129,11 @@ def read_tasks(path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such task file")
     tasks, faults, ids = [], [], {}
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            task = parsed(line)
-        except ValueError as error:
-            faults.append(f"{path}:{number}: malformed JSON ({error})")
-            continue
-        if not isinstance(task, dict):
-            faults.append(f"{path}:{number}: expected a JSON object, got {type(task).__name__}")
-            continue
+    for number, task in read_jsonl(path, faults):
         task = {"id": f"line {number}", "task": "task", "lang": "?", "scorer": "exact", **task}
         faults += [f"{path}:{number}: {fault}" for fault in task_faults(task)]
-        if str(task["id"]) in ids:
-            faults.append(f"{path}:{number}: id {task['id']!r} is also the id of line {ids[str(task['id'])]}")
-        ids.setdefault(str(task["id"]), number)
+        if (first := ids.setdefault(str(task["id"]), number)) != number:
+            faults.append(f"{path}:{number}: id {task['id']!r} is also the id of line {first}")
         tasks.append(task)
     if faults:
         raise InputError("\n".join(faults))

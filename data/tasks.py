@@ -1,10 +1,9 @@
 """Tasks over the synthetic marketplace, for tuning and for evaluation (v2 §3.1, §5.2).
 
-The report's twelve e-commerce categories and mathematics here, its other general ones in data/general.py, all in eight languages.
-A task is {"id", "task", "lang", "messages", "answer", "scorer", "choices"?, "think"?}; "think" is the reference
-chain of thought. Where a question is about a text, the message is the text, a blank line, the question:
-this is how the baseline without the text knows what to cut. Test tasks use products and phrasings
-that never occur in training.
+The report's twelve e-commerce categories and mathematics here, its other general ones in data/general.py, all in eight languages. A task is
+{"id", "task", "lang", "messages", "answer", "scorer", "choices"?, "think"?}; "think" is the reference chain of thought. Where a question is
+about a text, the message is the text, a blank line, the question: this is how the baseline without the text knows what to cut. Test tasks
+use products and phrasings that never occur in training.
 
     python -m data.tasks                        # two samples of every task and language
     python -m data.tasks --out tasks --seed 1   # tasks/train.jsonl and tasks/test.jsonl
@@ -64,19 +63,13 @@ def dialogue(lang, rng, split, kinds=("price", "stock", "city", "colour"), turns
     return chat(page(product, lang, rng, split), pairs)
 
 
-def different_colours(n, rng, split):
-    """n products of different colours."""
-    products = []
-    while len(products) < n:
+def recommendation(lang, rng, split):
+    """A shop window of three products of different colours; name the one of the wanted colour."""
+    products, lex = [], lexicon(lang)
+    while len(products) < 3:
         product = draw_product(rng, split)
         if product.colour not in {p.colour for p in products}:
             products.append(product)
-    return products
-
-
-def recommendation(lang, rng, split):
-    """A shop window of three products of different colours; name the one of the wanted colour."""
-    products, lex = different_colours(3, rng, split), lexicon(lang)
     wanted, colours = rng.choice(products), lex["colours"]
     window = "\n".join([lex["catalogue"], *("- " + lex["listing"].format(**p.words(lang)) for p in products)])
     question = ask(lang, rng, split, "recommend", colour=colours[wanted.colour])
@@ -131,19 +124,13 @@ def query_rewriting(lang, rng, split):
     return {"messages": about(noisy, ask(lang, rng, split, "rewrite")), "answer": market.clean_query(product, lang)}
 
 
-def changed_once(product, rng, split):
-    """The product with another type, colour or price."""
-    other = product
-    while other == product:
+def similarity(lang, rng, split):
+    """A page and a shop-window line: the same product, or one with another type, colour or price?"""
+    product, lex = draw_product(rng, split), lexicon(lang)
+    other, differs = product, rng.random() >= 0.5
+    while differs and other == product:
         drawn, field = draw_product(rng, split), rng.choice(("type", "colour", "price"))
         other = dataclasses.replace(product, **{field: getattr(drawn, field)})
-    return other
-
-
-def similarity(lang, rng, split):
-    """A page and a shop-window line: the same product, or one that differs in a single field?"""
-    product, lex = draw_product(rng, split), lexicon(lang)
-    other = product if rng.random() < 0.5 else changed_once(product, rng, split)
     words, others, choices = product.words(lang), other.words(lang), [lex[word] for word in YES_NO]
     think = thought([same(words[key], others[key], lang) for key in ("type", "colour", "price")])
     text = f"{page(product, lang, rng, split)}\n{lex['listing'].format(**others)}"
@@ -246,11 +233,9 @@ def known_words(form=".+"):
     def texts(part):
         if isinstance(part, dict):
             part = [inner for key, inner in part.items() if not key.startswith("test")]
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, list):
-            for inner in part:
-                yield from texts(inner)
+        if isinstance(part, list):
+            return [text for inner in part for text in texts(inner)]
+        return [part] if isinstance(part, str) else []
 
     words = {word for lang in LANGUAGES for text in texts(lexicon(lang)) for word in re.split(r"[\s\[\]{}|+]+", text)}
     return sorted(word for word in words if re.fullmatch(form, word))

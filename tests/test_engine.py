@@ -294,14 +294,16 @@ def test_settings_out_of_range_are_named(micro_model, micro_tokenizer):
     assert engine.submit([1], GREEDY, stops="2,").stops == ("2,",)  # one string, not its letters
 
 
+@pytest.mark.parametrize("sampling", (GREEDY, HOT))
 @pytest.mark.parametrize("rows", (1, 3))
-def test_a_prefill_that_fails_leaves_its_requests_waiting(micro_model, micro_tokenizer, monkeypatch, rows):
-    """Out of memory, or Ctrl-C, while prompts are prefilled: a row must not go on with the keys of its last request."""
+def test_a_prefill_that_fails_leaves_its_requests_waiting(micro_model, micro_tokenizer, monkeypatch, rows, sampling):
+    """Out of memory, or Ctrl-C, while prompts are prefilled: a row must not go on with the keys of its last request, nor draw other
+    random numbers."""
     engine = Engine(micro_model, micro_tokenizer, rows=rows)
     for i in range(rows):
         engine.submit([i, 7, 9, 11], GREEDY)
     engine.run()
-    fresh = [engine.submit([20 + i, 21, 22, 23, 24], dataclasses.replace(GREEDY, max_tokens=9)) for i in range(2 * rows)]
+    fresh = [engine.submit([20 + i, 21, 22, 23, 24], dataclasses.replace(sampling, max_tokens=9)) for i in range(2 * rows)]
     hidden = micro_model.hidden
     monkeypatch.setattr(micro_model, "hidden", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -432,6 +433,7 @@ def test_preferences_need_whole_rows(axis, micro_model, micro_tokenizer, tmp_pat
         ("tp=2,tp=4", 8, "'tp=4' is not one of pp, dp, cp, ep, tp, vpp, named once"),
         ("ep=4", 6, "ep=4 does not make 6 processes"),
         ("dp=2,ep=2", 8, "dp=2 x ep=2 does not make 8 processes"),
+        ("pp=2,vpp=2", 3, "vpp=2: pp=2 does not make 3 processes"),
         ("ep=3", 3, "ep=3 must divide n_experts, which is 16"),
         ("tp=8", 8, "tp=8 must divide n_kv_heads, which is 4"),
         ("", 3, "dp x cp = 3 must divide dim, which is 128"),
@@ -587,10 +589,22 @@ def test_full_sizes_fit_and_what_does_not_gets_advice():
             assert recipe.rows % (recipe.micro_rows * layout.dp * layout.ep) % (layout.dp * layout.ep) == 0  # the last micro-step, too
     config = CONFIGS["v3_245b"]
     assert plan.formula(config, layout_of("ep=8", 512, config), 1, 131_072)["peak"] > 80e9
-    assert plan.advice(config, 512, 131_072, 1).startswith("--parallel ep=8,cp=")
-    assert "take more GPUs" in plan.advice(config, 16, 131_072, 1)
-    assert plan.advice(CONFIGS["v2_30b"], 64, 4096, 24, 6.0) != plan.advice(CONFIGS["v2_30b"], 64, 4096, 24)
-    assert plan.advice(CONFIGS["small"], 4, 4096, 4).startswith("--parallel ep=4,cp=1 ")
+    longest = RECIPES["v3_245b"]["long"]._replace(seq_len=131_072)
+    assert plan.advice(config, longest, 512, 1).startswith("--parallel ep=8,cp=")
+    assert "take more GPUs" in plan.advice(config, longest, 16, 1)
+    general = RECIPES["v2_30b"]["general"]
+    assert plan.advice(CONFIGS["v2_30b"], general, 64, 24, 6.0) != plan.advice(CONFIGS["v2_30b"], general, 64, 24)
+    assert plan.advice(CONFIGS["small"], RECIPES["small"]["general"], 4, 4).startswith("--parallel ep=4,cp=1 ")
+
+
+def test_what_the_plan_advises_it_does_not_refuse():
+    """v2_30b's long stage with 9 rows a GPU: one row of ep=8,cp=1 would fit, but leaves ranks of the last micro-step without rows."""
+    config, recipe = CONFIGS["v2_30b"], RECIPES["v2_30b"]["long"]
+    advised = re.match(r"--parallel (\S+) with --rows (\d+) fits", plan.advice(config, recipe, 64, 9))
+    layout = layout_of(advised[1], 64, config)
+    plan.refuse_uneven(recipe.rows, layout, int(advised[2]))
+    with pytest.raises(InputError, match="48 rows for dp x ep = 64"):
+        plan.refuse_uneven(recipe.rows, layout_of("ep=8,cp=1", 64, config), 1)
 
 
 def test_the_plan_of_a_pipeline_names_its_chunks(capsys):

@@ -146,6 +146,7 @@ def test_members_start_from_one_head(micro_model):
     [
         ("hi", 'field "messages" is missing, empty or no list'), ([], 'field "messages" is missing, empty or no list'),
         (["hi"], "a message needs a role"), ([{"role": "buyer", "content": "hi"}], "got {'role': 'buyer'"),
+        ([{"role": "assistant", "content": "hi", "think": 3}, {"role": "user", "content": "q"}], "think, if any.*'think': 3"),
         ([{"role": "system", "content": "hi"}], "the last message must be the user's"),
     ],
 )
