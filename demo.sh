@@ -13,6 +13,6 @@ python otpo.py --run "$RUN" --resume $STEPS                              # prefe
 python evaluate.py --run "$RUN" ${TASKS:+--tasks $TASKS}                 # report.md, report.json, plots
 python generate.py --run "$RUN" --prompt "What is 27 + 45?"              # an answer at once
 python generate.py --run "$RUN" --prompt "What is 27 + 45?" --think      # the same with thoughts
-newest=$(ls -t "$RUN"/*/step_*.pt | head -1)                             # int4 by AWQ, into a run folder of its own
-[ -n "$(find "$RUN-awq" -name "step_*.pt" -newer "$newest" 2> /dev/null)" ] || python quantize.py --run "$RUN"
+newest=$(ls -t "$RUN"/otpo/step_*.pt | head -1)                          # int4 by AWQ, into a run folder of its own
+[ -n "$(find "$RUN-awq" -name "step_*.pt" -newer "$newest" 2> /dev/null)" ] || { rm -rf "$RUN-awq" && python quantize.py --run "$RUN"; }
 python generate.py --run "$RUN-awq" --prompt "What is 27 + 45?" --think  # the same in half the bytes (embedding and head stay)

@@ -53,14 +53,14 @@ def average_weights(state_dicts):
 
 
 def best_of_n(rewards_PN, correct_PN):
-    """{n: accuracy of the answer with the highest reward among n}, for n = 1, 2, 4, … up to N, exactly over all subsets of size n.
+    """{n: accuracy of the answer with the highest reward among n}, for n = 1, 2, 4, … and N, exactly over all subsets of size n.
 
     Of P prompts with N sampled answers each: an answer is picked from a random subset of n when it is in it and no better one is, which has
     probability C(N - 1 - rank, n - 1) / C(N, n). Ties go to the earlier answer.
     """
     N, order_PN = rewards_PN.shape[1], rewards_PN.argsort(dim=1, descending=True, stable=True)
     right = correct_PN.double().gather(1, order_PN).mean(0).tolist()  # share of prompts whose answer of that rank is right
-    sizes = [2**i for i in range(N.bit_length())]
+    sizes = dict.fromkeys([*(2**i for i in range(N.bit_length())), N])
     return {n: sum(math.comb(N - 1 - rank, n - 1) * share for rank, share in enumerate(right)) / math.comb(N, n) for n in sizes}
 
 

@@ -98,11 +98,15 @@ def without_near_duplicates(tasks):
 
 
 def select(tasks, keep, seed=0):
-    """About `keep` (0..1) of the tasks, in their order, and a dict that says how it came about."""
+    """About `keep` (0..1) of the tasks, in their order, and a dict that says how it came about. What lies in no cluster is rare and stays,
+    as long as it is not more than that."""
     unique = without_near_duplicates(tasks)
     z_ND, answers_ND = np.split(embed([text_of(t) for t in unique] + [t["answer"] for t in unique], seed), 2)
     labels, odd = dbscan(z_ND), 1 - (z_ND * answers_ND).sum(1) + 1e-3  # inverse similarity of question and answer
-    rng, chosen = np.random.default_rng(seed), np.flatnonzero(labels < 0).tolist()
+    rng, chosen = np.random.default_rng(seed), np.flatnonzero(labels < 0)
+    if len(chosen) > (most := round(keep * len(tasks))):
+        chosen = rng.choice(chosen, most, replace=False, p=odd[chosen] / odd[chosen].sum())
+    chosen = chosen.tolist()
     clusters = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
     wanted, roots = keep * len(tasks) - len(chosen), sum(len(members) ** 0.5 for members in clusters)
     for members in sorted(clusters, key=len):  # what the small ones do not have, the larger give

@@ -29,11 +29,12 @@ tokenizer_of = functools.cache(Tokenizer.load)  # in each worker once, not once 
 
 
 def write_shard(run, job):
-    """Tokenise one file; its ends are renamed into place last and mark it done."""
-    (source, target), ends, at = job, [], 0
+    """Tokenise one file; its ends are renamed into place last and mark it done. Returns how many documents were blank and left out."""
+    (source, target), ends, at, blank = job, [], 0, 0
     tokenizer = tokenizer_of(run)
     with open(target + ".tokens.part", "wb") as file:
         for document in documents_of(source):
+            blank += not document["text"].strip()
             if document["text"].strip() and not held_out(document["text"]):
                 ids = np.array([*tokenizer.encode(document["text"]), tokenizer.special["<|endoftext|>"]], "<u4")
                 file.write(ids.tobytes())
@@ -42,6 +43,7 @@ def write_shard(run, job):
     os.replace(target + ".tokens.part", target + ".tokens")
     np.array(ends, "<i8").tofile(target + ".ends.part")
     os.replace(target + ".ends.part", target + ".ends")
+    return blank
 
 
 def write_shards(source, out, run, workers=None):
@@ -52,7 +54,10 @@ def write_shards(source, out, run, workers=None):
     targets = {name: os.path.join(out, name) for name in files}
     pending = [(files[name], target) for name, target in targets.items() if not os.path.exists(target + ".ends")]
     with processes(workers) as pool:
-        list(tqdm(pool.map(functools.partial(write_shard, run), pending), total=len(pending), desc="shards", unit="file"))
+        bar = tqdm(pool.map(functools.partial(write_shard, run), pending), total=len(pending), desc="shards", unit="file")
+        for (path, _), blank in zip(pending, bar, strict=True):
+            if blank:
+                tqdm.write(f"{path}: {blank} blank documents left out")
     index = {"tokenizer_hash": tokenizer_hash, "shards": []}
     for name, target in targets.items():
         ends = np.fromfile(target + ".ends", "<i8")
@@ -88,7 +93,7 @@ class Shards:
             raise InputError(f"{path}: not what `python -m data.shards` wrote") from None
         if found != tokenizer.hash:
             raise InputError(f"{folder}: shards of another tokenizer ({found[:12]}, this run has {tokenizer.hash[:12]})")
-        paths, self.ends = [], []
+        self.paths, self.ends, self.vocabulary = [], [], tokenizer.n_vocab
         for name, documents, tokens in shards:
             name = os.path.join(folder, name)
             if os.path.getsize(name + ".tokens") != 4 * tokens:
@@ -96,16 +101,19 @@ class Shards:
             ends = np.fromfile(name + ".ends", "<i8")
             if len(ends) != documents or ends[-1] != tokens:
                 raise InputError(f"{name}.ends: does not fit {INDEX} (a torn file?)")
-            paths.append(name + ".tokens")
+            self.paths.append(name + ".tokens")
             self.ends.append(ends)
-        self.tokens = functools.lru_cache(256)(lambda shard: np.memmap(paths[shard], "<u4", mode="r"))  # each holds its file open
+        self.tokens = functools.lru_cache(256)(lambda shard: np.memmap(self.paths[shard], "<u4", mode="r"))  # each holds its file open
         self.first = np.cumsum([0, *map(len, self.ends)])
         self.lengths = np.concatenate([np.diff(ends, prepend=0) for ends in self.ends])
 
     def document(self, i):
         shard = np.searchsorted(self.first, i, side="right") - 1
         k = i - self.first[shard]
-        return self.tokens(shard)[self.ends[shard][k] - self.lengths[i] : self.ends[shard][k]]
+        ids = self.tokens(shard)[self.ends[shard][k] - self.lengths[i] : self.ends[shard][k]]
+        if (largest := ids.max()) >= self.vocabulary:
+            raise InputError(f"{self.paths[shard]}: document {k + 1} holds token {largest} of {self.vocabulary} (a damaged file?)")
+        return ids
 
 
 def main():

@@ -508,7 +508,10 @@ def test_shards_refuse_what_does_not_belong(tmp_path, micro_tokenizer, script):
     micro_tokenizer.save(str(tmp_path / "run"))
     write(tmp_path / "in", list(market.documents("general", 3, per_language=2)))
     command = ("-m", "data.shards", "--data", tmp_path / "in", "--run", tmp_path / "run", "--out", tmp_path / "out")
-    assert script(*command).returncode == 0
+    with open(tmp_path / "in" / "part1.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"text": " "}\n')
+    first = script(*command)
+    assert first.returncode == 0 and "part1.jsonl: 1 blank documents left out" in first.stdout, first.stderr
     before = (tmp_path / "out" / "part1.jsonl.tokens").read_bytes()
     os.remove(tmp_path / "out" / "part1.jsonl.ends")  # as if killed there
     assert script(*command).returncode == 0 and (tmp_path / "out" / "part1.jsonl.tokens").read_bytes() == before
@@ -517,6 +520,11 @@ def test_shards_refuse_what_does_not_belong(tmp_path, micro_tokenizer, script):
     (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(before[:-4])
     with pytest.raises(ValueError, match=r"part1.jsonl.tokens: \d+ bytes, expected \d+"):
         shards.Shards(str(tmp_path / "out"), micro_tokenizer)
+    (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(before)
+    (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(b"\xff\xff\0\0" + before[4:])
+    damaged = shards.Shards(str(tmp_path / "out"), micro_tokenizer)
+    with pytest.raises(ValueError, match=rf"part1.jsonl.tokens: document 1 holds token 65535 of {micro_tokenizer.n_vocab} "):
+        damaged.document(damaged.first[1])
     (tmp_path / "out" / "part1.jsonl.tokens").write_bytes(before)
     ends = (tmp_path / "out" / "part1.jsonl.ends").read_bytes()
     (tmp_path / "out" / "part1.jsonl.ends").write_bytes(ends[:-8])
@@ -576,7 +584,8 @@ def test_duplicates_among_many_pages_of_one_template():
 
 
 def test_download_from_the_hub(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
+    import huggingface_hub as hub
+
     (tmp_path / "cached").write_bytes(b"12345")
     entries = [SimpleNamespace(path="data"), SimpleNamespace(path="data/a.parquet", size=5), SimpleNamespace(path="data/b.parquet", size=5)]
     monkeypatch.setattr(hub.HfApi, "list_repo_tree", lambda self, name, recursive, repo_type: entries)

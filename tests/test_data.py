@@ -154,6 +154,13 @@ def test_what_small_clusters_do_not_have_the_large_ones_give(monkeypatch):
         assert len(chosen) == round(keep * 208) and sum(task in every[200:] for task in chosen) == 8
 
 
+def test_tasks_of_no_cluster_stay_as_far_as_asked_for(monkeypatch):
+    every = [{"messages": [{"role": "user", "content": f"{market.made_up(random.Random(i))} {i}"}], "answer": str(i)} for i in range(100)]
+    monkeypatch.setattr(selection, "without_near_duplicates", list)
+    monkeypatch.setattr(selection, "dbscan", lambda z_ND: np.full(100, -1))
+    assert [len(selection.select(every, keep)[0]) for keep in (0.05, 0.3, 1)] == [5, 30, 100]
+
+
 def test_unlike_answers_are_chosen_first(monkeypatch):
     """In a dense region the tasks are drawn by how little their answers resemble their questions."""
     every = [{"messages": [{"role": "user", "content": str(i)}], "answer": ""} for i in range(40)]

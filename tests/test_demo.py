@@ -47,6 +47,24 @@ def test_demo_runs_the_whole_chain_and_then_skips_it(demo, script):
     assert [result.stdout.count("already finished") for result in again] == [3, 2]
 
 
+@pytest.mark.parametrize("newest, quantizes", (("run/reward/step_5.pt", False), ("run/otpo/step_3.pt", True)))
+def test_the_demo_quantizes_what_is_newer_than_its_int4_run(tmp_path, newest, quantizes):
+    """With a python that only says what it was asked: a reward model trained after the demo changes nothing, another otpo stage does."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    for age, name in enumerate(("run/otpo/step_3.pt", "run-awq/otpo/step_3.pt", newest)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        os.utime(path, (1000 + age, 1000 + age))
+    env = {**os.environ, "RUN": str(tmp_path / "run"), "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(["bash", "demo.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "evaluate.py" in result.stdout, result.stderr
+    assert ("quantize.py" in result.stdout) == quantizes == (not (tmp_path / "run-awq").exists())  # it would refuse a folder that is there
+
+
 def test_chat_in_the_terminal(demo, script):
     result = script("generate.py", "--run", demo[0], input="/think\nhi\n\nWhat is 2 + 2?\n")
     assert result.returncode == 0 and "thinking is on" in result.stdout and result.stdout.count("> ") >= 5

@@ -70,6 +70,7 @@ def test_average_of_weights():
 def test_best_of_n_equals_all_subsets():
     g = torch.Generator().manual_seed(0)
     rewards, correct = torch.rand(4, 8, generator=g), (torch.rand(4, 8, generator=g) > 0.6).float()
+    assert list(best_of_n(rewards[:, :6], correct[:, :6])) == [1, 2, 4, 6]
     result = best_of_n(rewards, correct)
     assert list(result) == [1, 2, 4, 8]
     for n, value in result.items():
