@@ -167,7 +167,7 @@ def load_latest(run, stage, device="cpu", weights=True):
             return {**load_checkpoint(path, device, weights), "stage": stage, "path": path, "origin": f"{stage} {checksum(path)[:8]}"}
         except InputError as error:
             print(f"{error}; trying the one before it")
-    problem = "holds no intact checkpoint: delete that folder and" if paths else "not found:"
+    problem = "holds no intact checkpoint: delete its step_*.pt and" if paths else "not found:"
     maker = {**STAGES, "reward": "python reward.py"}.get(stage.partition("/")[0])
     if not maker:
         raise InputError(f"{run}/{stage} not found; the stages are {', '.join(STAGES)}, reward")
@@ -195,16 +195,28 @@ def refuse_quantized(state):
         raise InputError(f"this checkpoint of {state['stage']} is quantized and can only answer: train on in the run it was made from")
 
 
-def load_model(state, device="cpu", **changes):
-    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights strictly.
+def load_weights(model, state):
+    """Load a checkpoint dict's weights into a model. Raises InputError naming a tensor that does not fit or is not finite."""
+    found, own, path = state["model"], model.state_dict(), state.get("path", "checkpoint")
+    for name in [*own, *(found.keys() - own.keys())]:
+        have, need = (tuple(tensors[name].shape) if name in tensors else "none" for tensors in (found, own))
+        if have != need:
+            raise InputError(f"{path}: tensor {name} has shape {have}, need {need}: made by another version of this program?")
+        if not found[name].isfinite().all():
+            raise InputError(f"{path}: tensor {name} is not finite: training diverged, or the file is damaged")
+    model.load_state_dict(found)
 
-    Raises InputError where the weights are quantized or a reward model's.
+
+def load_model(state, device="cpu", **changes):
+    """Build the model a checkpoint dict describes (config fields may be changed) and load its weights.
+
+    Raises InputError where the weights are quantized, a reward model's, do not fit or are not finite.
     """
     refuse_quantized(state)
     if "value.weight" in state["model"]:
         raise InputError(f"stage {state['stage']} is a reward model, which judges answers and gives none: name another --stage")
     model = Compass(CompassConfig(**{**state["config"], **changes}))
-    model.load_state_dict(state["model"])
+    load_weights(model, state)
     return model.to(device)
 
 
@@ -245,18 +257,28 @@ def prune(run, stage):
 
 
 def read_metrics(run):
-    """The objects of metrics.jsonl; a last line torn by a kill is left out."""
-    path = os.path.join(run, "metrics.jsonl")
+    """The objects of metrics.jsonl; a last line torn by a kill is left out. Raises InputError naming a line that is damaged."""
+    path, entries = os.path.join(run, "metrics.jsonl"), []
     if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("}\n")]
+        return entries
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    entries.append(json.loads(line))
+                    _ = entries[-1]["stage"], entries[-1]["step"]
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{path}:{number}: damaged, not a step of training: {line[:60]!r}") from None
+    return entries
 
 
 def rewind_metrics(run, stage, step):
-    """Drop a stage's entries from `step` on, so that a resumed run writes each step once."""
+    """Drop a stage's entries from `step` on, so that a resumed run writes each step once. A log without any is left alone: another script
+    may be writing to it."""
     kept = [entry for entry in read_metrics(run) if entry["stage"] != stage or entry["step"] < step]
-    write_jsonl(os.path.join(run, "metrics.jsonl"), kept)
+    path, content = os.path.join(run, "metrics.jsonl"), "".join(json.dumps(entry) + "\n" for entry in kept).encode()
+    if not os.path.exists(path) or file_sha256(path) != hashlib.sha256(content).hexdigest():
+        write_atomically(path, content)
 
 
 def export(run, folder):

@@ -310,12 +310,14 @@ def main():
     device = cli.pick_device(args.device)
     test = tasks("test", args.seed, int(args.tasks)) if args.tasks.isdecimal() else reader.read_tasks(args.tasks)
     documents = list(reader.documents(args.data, "general", args.seed, "test"))
+    if not documents:
+        print(f"--data {args.data}: no document of it is held out, so there are no bits per byte")
+    metrics = read_metrics(args.run)
     report, chats = evaluate_stages(args.run, device, test, documents, args.samples, args.seed)
     embedded = args.tasks.isdecimal()
-    report["source"] = "embedded tasks: products and phrasings never seen in training" if embedded else args.tasks
+    report["source"] = "embedded tasks: products and phrasings never seen in training" if embedded else reader.printable(args.tasks)
     report["accuracy"]["majority"] = accuracy(test, majority_answers(test, tasks("train", args.seed, 100) if embedded else test))
     report["accuracy"]["copy"] = accuracy(test, copied_answers(test))
-    metrics = read_metrics(args.run)
     report["loss"], report["tokens_per_s"] = stage_losses(metrics)
     plot_losses(metrics, os.path.join(args.run, "loss.png"))
     report["busiest_expert"] = plot_load(metrics, os.path.join(args.run, "load.png"))

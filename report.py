@@ -3,6 +3,7 @@
 evaluate.py fills the dict `report` and calls `write_report`; report.json holds the same figures for programs.
 """
 
+import io
 import json
 import os
 
@@ -32,8 +33,10 @@ def stage_losses(metrics):
 
 
 def save(figure, path):
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110)
     plt.close(figure)
+    write_atomically(path, image.getvalue())
 
 
 def percent_map(axis, grid_RC, columns, rows):
@@ -99,7 +102,7 @@ def plot_needles(found, path):
 
 def table(rows, header):
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
 
 
 def accuracy_table(results, tasks_hash, last):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import cli
-from checkpoint import checkpoints, discard, inherit, latest_stage, load_latest, save_checkpoint
+from checkpoint import checkpoints, discard, inherit, latest_stage, load_latest, load_weights, save_checkpoint
 from cli import InputError
 from compass import Compass, CompassConfig
 from data.preferences import preferences
@@ -28,7 +28,7 @@ from data.reader import read_pairs
 from sft import STAGES as TUNING
 from sft import epoch_order
 from tokenizer import Tokenizer
-from train import Schedule, assemble, fit_stage, for_width, model_from, precision, processes, stage_schedule
+from train import Schedule, assemble, first_row, fit_stage, for_width, model_from, precision, processes, stage_schedule
 
 # (epochs, peak rate, schedule) of the four runs that are averaged; the report has epochs 1 and 2, two rates, and both schedules, but
 # not which four of the eight
@@ -175,7 +175,7 @@ def load_reward_model(run, device, stage="reward"):
     """(reward model in eval mode, its checkpoint's dict); stage "reward" is the average, "reward/1" … its members."""
     state = load_latest(run, stage)
     model = RewardModel(Compass(CompassConfig(**state["config"])))
-    model.load_state_dict(state["model"])
+    load_weights(model, state)
     return model.to(device).eval(), state
 
 
@@ -218,6 +218,8 @@ def main():
         if schedule is not None:
             model = RewardModel(model_from(state, ranks, device), args.seed).to(device)
             fit_stage(model, pairs.batch, reward_loss, for_width(schedule, model.config), stage, args, tokenizer)
+        elif load_latest(args.run, stage, weights=False).get("data") not in (None, first_row(pairs.batch(0)[0])):
+            raise InputError(f"{args.run}/{stage} was trained on other pairs (the first row differs): the average would mix them")
     if ranks is not None:
         print(f"{len(stages)} members trained; python reward.py --run {args.run} --resume, in one process, averages and compares them")
         return

@@ -185,7 +185,7 @@ def _accumulate(model, micro_batches, shares, loss_fn, device):
     return loss, metrics
 
 
-def _first_row(batch):
+def first_row(batch):
     """A checksum of the first row alone, as more ranks may take more rows a step: its tokens, and which of them are trained on."""
     row_T2 = torch.stack((batch["tokens"], batch.get("mask", batch["weights"])), dim=-1)[0][batch["doc_ids"][0] >= 0]
     return zlib.crc32(row_T2.numpy().tobytes())
@@ -226,7 +226,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
 
     batches(step) -> list of micro-batches (dicts of CPU tensors with "weights"); it must be a pure function of the step, and a stage is
     not resumed on other data. loss_fn(model, batch) -> (scalar loss, {name: tensor to log}). A step with a non-finite loss or
-    gradient is skipped and counted; MAX_BAD_STEPS in a row raise InputError. SIGTERM saves and exits 0.
+    gradient is skipped and counted; MAX_BAD_STEPS in a row, or nothing else, raise InputError. SIGTERM saves and exits 0.
     watch(metrics of a step) -> a warning to log and say once, or None. A model that parallel.py made is trained by all its ranks:
     every one calls fit, takes its rows of each batch and saves its shards; the first one writes log and bar.
     """
@@ -235,7 +235,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
         from resharding import save_shards as save  # takes a second, which a single process need not wait for
     else:
         save = save_checkpoint
-    data = _first_row(batches(0)[0])
+    data = first_row(batches(0)[0])
     start = _restore(model, optimizer, run, stage, tokenizer_hash, data) if begun(run, stage, resume) else 0
     known = dict(planned=schedule.steps, stage=stage, base=schedule.base, tokenizer_hash=tokenizer_hash, seed=seed, data=data)
     if ranks.writes:
@@ -277,7 +277,7 @@ def fit(model, batches, loss_fn, schedule, *, run, stage, tokenizer_hash="", see
             log.write(json.dumps({**entry, **metrics}) + "\n")
             log.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
-            if bad == MAX_BAD_STEPS:
+            if bad == min(MAX_BAD_STEPS, schedule.steps):
                 raise InputError(f"{stage}: {bad} non-finite steps in a row, the last at step {step} (batch {step} of seed {seed})")
             done = step + 1
             stopping = ranks.agree(bool(asked))

@@ -93,7 +93,7 @@ def message_faults(messages):
         fields = message if isinstance(message, dict) else {}
         texts = fields.get("content"), fields.get("think", "")
         if fields.get("role") not in ROLES or not all(isinstance(text, str) for text in texts) or not texts[0].strip():
-            yield f"a message needs a role ({', '.join(ROLES)}) and text as content (and think, if any), got {message!r}"
+            yield f"a message needs a role ({', '.join(ROLES)}) and text as content (and think, if any), got {message!r:.80}"
         elif message is messages[-1] and message["role"] != "user":
             yield f"the last message must be the user's, got one of {message['role']}"
 
@@ -104,6 +104,8 @@ def task_faults(task):
     yield from message_faults(task.get("messages"))
     if not isinstance(answer, str) or not answer.strip():
         yield 'field "answer" is missing, empty or no text'
+    elif "<think>" in answer:
+        yield 'field "answer" holds a thought, which no scorer sees: give it as "think"'
     for field in ("id", "task", "lang", "think"):
         if field in task and not (isinstance(task[field], str) and task[field]):
             yield f'field "{field}" is empty or no text'

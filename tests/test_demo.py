@@ -165,6 +165,15 @@ def test_numbers_out_of_range_are_refused(flag, value, capsys):
     assert f"--{flag} is {value}, must be at least" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag,value", [("data", ""), ("run", ""), ("stage", "*"), ("stage", "../x/sft2"), ("stage", "")])
+def test_empty_values_and_stages_that_are_paths_are_refused(flag, value, capsys):
+    """An unset variable of the shell is not the default; a stage is no pattern and leads out of no run."""
+    with pytest.raises(SystemExit):
+        cli.parse("", flag, argv=[f"--{flag}", value])
+    assert f"--{flag} is {value!r}: " in capsys.readouterr().err
+    assert cli.parse("", "stage", argv=["--stage", "reward/2"]).stage == "reward/2"
+
+
 def test_scripts_of_one_process_refuse_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):

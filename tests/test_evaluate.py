@@ -280,7 +280,7 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
         {**good, "id": "f", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, {**good, "id": 3},
         {**good, "id": "g", "think": 3}, {**good, "id": "h", "answer": "twelve", "scorer": "number"}, {**good, "id": "i", "answer": "?!"},
         {**good, "id": "j", "choices": ["no", "yes", "yes"]}, '{"messages": [{"role": "user", "content": "\\ud83d"}], "answer": "x"}',
-        {**good, "id": "k", "messages": [{"role": "user", "content": " "}]},
+        {**good, "id": "k", "messages": [{"role": "user", "content": " "}]}, {**good, "id": "l", "answer": "<think>1 + 1</think>2"},
     ]  # fmt: skip
     path = tmp_path / "mine.jsonl"
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
@@ -292,7 +292,8 @@ def test_every_fault_of_a_task_file_has_its_line(tmp_path):
         2: "malformed JSON", 3: "expected a JSON object", 4: 'field "messages"', 5: 'field "answer"', 6: "unknown scorer 'guess'",
         7: "id 'a' is also the id of line 1", 9: "a message needs a role", 10: 'field "choices"', 11: "the last message", 12: 'field "id"',
         13: 'field "think"', 14: "scorer 'number' cannot judge the answer 'twelve'", 15: "scorer 'exact' cannot judge",
-        16: "a choice twice", 17: "malformed JSON", 18: "a message needs a role", 19: "malformed JSON (not UTF-8 at byte 13",
+        16: "a choice twice", 17: "malformed JSON", 18: "a message needs a role", 19: 'field "answer" holds a thought',
+        20: "malformed JSON (not UTF-8 at byte 13",
     }  # fmt: skip
     assert [int(line.split(":")[0]) for line in found] == list(expected)
     assert all(message in line for line, message in zip(found, expected.values(), strict=True))
@@ -307,5 +308,5 @@ def test_a_price_in_a_name_is_no_formula(tmp_path):
 
 
 def test_a_bar_in_a_name_stays_inside_its_cell():
-    row = table([["a|b", 1]], ["task", "n"]).splitlines()[-1]
-    assert row == r"| a\|b | 1 |"
+    row = table([["a|b\nc", 1]], ["task", "n"]).splitlines()[-1]
+    assert row == r"| a\|b c | 1 |"

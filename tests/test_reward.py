@@ -25,7 +25,7 @@ from reward import (
     reward_loss,
     rewards,
 )
-from train import _train_step, make_optimizer
+from train import _train_step, first_row, make_optimizer
 
 
 def test_bradley_terry_by_hand():
@@ -55,6 +55,29 @@ def test_the_four_members(monkeypatch):
     assert [(stage, s.steps, s.peak, s.shape) for stage, s in fitted] == [
         ("reward/1", 3, 3e-4, "cosine"), ("reward/2", 3, 1e-4, "linear"), ("reward/3", 6, 3e-4, "linear"), ("reward/4", 6, 1e-4, "cosine"),
     ]  # fmt: skip
+
+
+def test_members_of_other_pairs_are_not_averaged(micro_model, tmp_path, monkeypatch):
+    """A first member that finished on one file of pairs, and reward.py --resume with another."""
+    import reward
+
+    batch = {"tokens": torch.ones(2, 4, dtype=torch.long), "weights": torch.ones(2, 4), "doc_ids": torch.zeros(2, 4, dtype=torch.long)}
+    path, known = str(tmp_path / "reward" / "1" / "step_2.pt"), dict(step=2, planned=2, stage="reward/1", base="sft2", seed=0)
+    state = {"config": {"max_seq_len": 64}, "stage": "sft2", "origin": "sft2"}
+    pairs, trained = SimpleNamespace(rows=range(8), per_step=8, batch=lambda step: [batch]), []
+    for name, stand_in in {
+        "processes_with_whole_rows": lambda args: (torch.device("cpu"), None, None, state), "load_pairs": lambda *_: pairs,
+        "encode_pairs": lambda *_: (), "Pairs": lambda *_: pairs, "model_from": lambda *_: trained.append(1) or 1 / 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(reward, name, stand_in)
+    monkeypatch.setattr("sys.argv", ["reward.py", "--run", str(tmp_path), "--steps", "2", "--resume"])
+    save_checkpoint(path, RewardModel(micro_model), **known, data=first_row(batch) + 1)
+    with pytest.raises(ValueError, match="reward/1 was trained on other pairs"):
+        reward.main()
+    save_checkpoint(path, RewardModel(micro_model), **known, data=first_row(batch))
+    with pytest.raises(ZeroDivisionError):  # of these pairs: on to the second member
+        reward.main()
+    assert trained == [1]
 
 
 def test_average_of_weights():
@@ -145,8 +168,10 @@ def test_members_start_from_one_head(micro_model):
 @pytest.mark.parametrize(
     "messages,problem",
     [
-        ("hi", 'field "messages" is missing, empty or no list'), ([], 'field "messages" is missing, empty or no list'),
-        (["hi"], "a message needs a role"), ([{"role": "buyer", "content": "hi"}], "got {'role': 'buyer'"),
+        ("hi", 'field "messages" is missing, empty or no list'),
+        ([], 'field "messages" is missing, empty or no list'),
+        (["hi"], "a message needs a role"),
+        ([{"role": "buyer", "content": "hi"}], "got {'role': 'buyer'"),
         ([{"role": "assistant", "content": "hi", "think": 3}, {"role": "user", "content": "q"}], "think, if any.*'think': 3"),
         ([{"role": "system", "content": "hi"}], "the last message must be the user's"),
     ],

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from conftest import ROOT
 
 import checkpoint
 import resharding
-from checkpoint import checkpoints, inherit, load_checkpoint, load_latest, read_metrics, save_checkpoint
+from checkpoint import checkpoints, inherit, load_checkpoint, load_latest, load_model, read_metrics, rewind_metrics, save_checkpoint
 from compass import CONFIGS, Compass
 from data import market, reader
 from train import (
@@ -320,7 +321,7 @@ def test_torn_checkpoint_is_named_and_the_one_before_it_used(micro_config, rows,
         load_checkpoint(newest)
     open(newest, "wb").write(b"foreign")
     os.remove(older)
-    with pytest.raises(ValueError, match="holds no intact checkpoint: delete that folder and run `python train.py --run"):
+    with pytest.raises(ValueError, match="holds no intact checkpoint: delete its step_.*pt and run `python train.py --run"):
         load_latest(tmp_path, "general")
     with pytest.raises(ValueError, match="nonsense not found; the stages are general, "):
         load_latest(tmp_path, "nonsense")
@@ -365,6 +366,47 @@ def test_non_finite_steps_are_skipped_and_ten_in_a_row_stop(micro_config, rows, 
 
     with pytest.raises(ValueError, match="10 non-finite steps in a row, the last at step 9"):
         fit(model, rows.batches(2, 2), dead, Schedule(50, 1e-3, 1e-4), run=str(tmp_path / "x"), stage="general")
+    with pytest.raises(ValueError, match="3 non-finite steps in a row, the last at step 2"):  # all that there are
+        fit(model, rows.batches(2, 2), dead, Schedule(3, 1e-3, 1e-4), run=str(tmp_path / "y"), stage="general")
+    assert not checkpoints(tmp_path / "y", "general")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda w: w.pop("norm.weight"), "tensor norm.weight has shape none, need (32,)"),
+        (lambda w: w.update(extra=torch.ones(2)), "tensor extra has shape (2,), need none"),
+        (lambda w: w.update({"norm.weight": torch.ones(3)}), "tensor norm.weight has shape (3,), need (32,)"),
+        (lambda w: w["head.weight"][5].fill_(torch.nan), "tensor head.weight is not finite"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named(micro_model, tmp_path, change, message):
+    path = str(tmp_path / "general" / "step_1.pt")
+    save_checkpoint(path, micro_model, step=1)
+    state = load_latest(tmp_path, "general")
+    change(state["model"])
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        load_model(state)
+
+
+def test_a_log_is_only_written_anew_where_it_changes(tmp_path):
+    """Another script may be appending to it; what it writes to a file that was replaced would be lost."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "dpo", "step": 0}\n{"stage": "otpo", "step": 0}\n')
+    with open(path, "a", encoding="utf-8") as other:
+        rewind_metrics(tmp_path, "reward/1", 0)
+        other.write('{"stage": "otpo", "step": 1}\n')
+    assert [(entry["stage"], entry["step"]) for entry in read_metrics(tmp_path)] == [("dpo", 0), ("otpo", 0), ("otpo", 1)]
+    path.write_text(path.read_text() + '{"stage": "otpo", "st')  # torn by a kill: an entry behind it would be lost
+    rewind_metrics(tmp_path, "otpo", 1)
+    assert path.read_text() == '{"stage": "dpo", "step": 0}\n{"stage": "otpo", "step": 0}\n'
+
+
+@pytest.mark.parametrize("line", (b"[1]", b'{"step": 3}', b"{,}", b"\xff"))
+def test_a_damaged_log_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"stage": "dpo", "step": 0}\n' + line + b"\n")
+    with pytest.raises(ValueError, match="metrics.jsonl:2: damaged, not a step of training"):
+        read_metrics(tmp_path)
 
 
 def test_a_batch_without_supervised_tokens_is_an_error(micro_config, rows, tmp_path):
