@@ -11,7 +11,7 @@
 
 Trained arms of mtp are kept in benchmarks/results/generation.jsonl and not repeated.
 
-    python -m benchmarks.generation                    # all, about fifteen minutes
+    python -m benchmarks.generation                    # all, about twenty minutes
     python -m benchmarks.generation --stage peers      # one part; the others keep their figures
 """
 
