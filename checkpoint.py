@@ -265,8 +265,8 @@ def read_metrics(run):
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
                 try:
-                    entries.append(json.loads(line))
-                    _ = entries[-1]["stage"], entries[-1]["step"]
+                    entry = json.loads(line)
+                    entries.append({"stage": entry["stage"], "step": entry["step"], **entry})
                 except (ValueError, KeyError, TypeError):
                     raise InputError(f"{path}:{number}: damaged, not a step of training: {line[:60]!r}") from None
     return entries

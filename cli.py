@@ -43,8 +43,10 @@ def parse(doc, *names, argv=None, **extra):
     if "LOCAL_RANK" in os.environ and "parallel" not in names:
         parser.error("this script runs in one process: start it without torchrun")
     for name, value in vars(args).items():
-        if value == "" or name == "stage" and value and not re.fullmatch(r"\w+(/\d+)?", value):
-            parser.error(f"--{name} is {value!r}: " + ("an unset variable?" if value == "" else "not the name of a stage"))
+        if value == "":
+            parser.error(f"--{name} is '': an unset variable?")
+        if name == "stage" and value and not re.fullmatch(r"\w+(/\d+)?", value):
+            parser.error(f"--stage is {value!r}: not the name of a stage")
         if type(value) is int and not (least := int(name not in MAY_BE_ZERO)) <= value < 2**63:
             parser.error(f"--{name} is {value}, must be at least {least}" + " and below 2^63" * (value > least))
     return args

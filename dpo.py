@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import checkpoints, inherit, load_latest, load_model
+from checkpoint import checkpoints, inherit, load_latest, load_model, load_weights
 from cli import InputError
 from data.scorers import SCORERS
 from data.tasks import tasks
@@ -207,7 +207,7 @@ def online(stage, objective, args, off_policy=False, schedule=ROUND):
     for turn, name in enumerate(names, 1):
         planned = stage_schedule(name, args, schedule, state["origin"])
         if planned is None:
-            model.load_state_dict(load_latest(args.run, name, device)["model"])
+            load_weights(model, load_latest(args.run, name, device))
             continue
         examples = tasks("train", f"{stage}-{args.seed}-{turn}", PROMPTS)
         if state["stage"] in WITHOUT_THOUGHTS:

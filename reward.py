@@ -193,7 +193,8 @@ def processes_with_whole_rows(args):
 def average_members(run, stages, device, seed):
     """Save the mean of the members' weights as stage "reward"."""
     average, last = load_reward_model(run, device, stages[0])
-    average.load_state_dict(average_weights([load_latest(run, stage, device)["model"] for stage in stages]))
+    members = [average, *(load_reward_model(run, device, stage)[0] for stage in stages[1:])]
+    average.load_state_dict(average_weights([member.state_dict() for member in members]))
     path = os.path.join(run, "reward", f"step_{last['step']}.pt")
     save_checkpoint(path, average, step=last["step"], stage="reward", tokenizer_hash=last["tokenizer_hash"], seed=seed)
     for other in checkpoints(run, "reward"):

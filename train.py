@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import begun, changed_fields, inherit, load_latest, load_model, prune, rewind_metrics, save_checkpoint
+from checkpoint import begun, changed_fields, inherit, load_latest, load_model, load_weights, prune, rewind_metrics, save_checkpoint
 from cli import InputError
 from compass import CONFIGS, Compass, CompassConfig, config_named
 from data import reader
@@ -208,7 +208,7 @@ def _restore(model, optimizer, run, stage, tokenizer_hash, data):
     elif state["optimizer"] is None:
         raise InputError(f"{run}/{stage} holds weights only, as exports do: it cannot be resumed, only built on")
     else:
-        model.load_state_dict(state["model"])
+        load_weights(model, state)
         for name, p in model.named_parameters():
             optimizer.state[p] = {kind: x.to(p.device) for kind, x in state["optimizer"][name].items()}
     print(f"{stage}: resumed at step {state['step']}")

@@ -27,6 +27,11 @@ def quartiles(values):
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
+def quartiles_of(arms):
+    """{name: quartiles} of {name: values}."""
+    return {name: quartiles(values) for name, values in arms.items()}
+
+
 def ratios(above, below):
     """Quartiles of the ratio in each round."""
     return quartiles([a / b for a, b in zip(above, below, strict=True)])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import cli
-from benchmarks import best_peer, keep, quartiles, ratios, shown, timed
+from benchmarks import best_peer, keep, quartiles_of, ratios, shown, timed
 from benchmarks.generation import endless_tokenizer
 from benchmarks.moe import twin
 from compass import CONFIGS, Compass
@@ -117,7 +117,7 @@ def main():
         seconds = timed(arms, ROUNDS)
         ours, *_ = seconds.values()
         found = results[what] = {
-            "seconds": {name: quartiles(rounds) for name, rounds in seconds.items()},
+            "seconds": quartiles_of(seconds),
             "times ours": {name: ratios(rounds, ours) for name, rounds in seconds.items()},
         }  # fmt: skip
         if what != "transport":

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import cli
-from benchmarks import RESULTS, best_peer, finished, keep, keep_finished, kept, quartiles, ratios, shown, timed
+from benchmarks import RESULTS, best_peer, finished, keep, keep_finished, kept, quartiles, quartiles_of, ratios, shown, timed
 from benchmarks.moe import twin
 from benchmarks.quantization import LARGE, held, read_for_a_token, reloaded
 from compass import CONFIGS, Compass, CompassConfig, count_parameters
@@ -117,8 +117,8 @@ def peers():
         arms = {"ours": lambda asked=asked, n=n: ours(asked, n), "ours, first tokens": lambda asked=first, n=n: ours(asked, n)}
         arms |= {f"transformers, {e}": lambda e=e, asked=asked, n=n: peer(e, asked, n) for e in ("eager", "grouped_mm", "batched_mm")}
         seconds = timed(arms, ROUNDS)
-        best, found = best_peer(seconds), {name: quartiles(rounds) for name, rounds in seconds.items()}
-        results[case] = {"seconds": found, "best peer": best, "ratio": ratios(seconds[best], seconds["ours"])}
+        best = best_peer(seconds)
+        results[case] = {"seconds": quartiles_of(seconds), "best peer": best, "ratio": ratios(seconds[best], seconds["ours"])}
         print(case, json.dumps(results[case]), flush=True)
     return results
 

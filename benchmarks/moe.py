@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import cli
-from benchmarks import best_peer, keep, quartiles, ratios, shown, timed
+from benchmarks import best_peer, keep, quartiles, quartiles_of, ratios, shown, timed
 from compass import CONFIGS, Compass, count_parameters
 from kernels import permute, permute_reference, unpermute, unpermute_reference
 from moe import MoE
@@ -190,7 +190,7 @@ def main():
     seconds = timed(arms, ROUNDS)
     peer, share = best_peer(seconds), step_flops(config, ROWS * T, T) / flops
     results["training step of tiny"] = {
-        "seconds": {name: quartiles(rounds) for name, rounds in seconds.items()}, "best peer": peer,
+        "seconds": quartiles_of(seconds), "best peer": peer,
         "times as fast": ratios(seconds[peer], seconds["ours"]), "matmul GFLOP/s": quartiles([flops / s / 1e9 for s in seconds["matmul"]]),
         "share of the matmul rate": [share * ratio for ratio in ratios(seconds["matmul"], seconds["ours"])],
     }  # fmt: skip
@@ -199,7 +199,7 @@ def main():
         ("layer, 4096 tokens", layer_arms(config)), ("layer by number of experts, 16384 tokens", by_experts),
         ("permute and unpermute", permute_arms()),
     ):  # fmt: skip
-        results[what] = {name: quartiles(rounds) for name, rounds in timed(arms, ROUNDS).items()}
+        results[what] = quartiles_of(timed(arms, ROUNDS))
     print(json.dumps(results, indent=1))
     keep("moe", results)
 

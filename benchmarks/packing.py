@@ -22,7 +22,7 @@ import time
 import torch
 
 import cli
-from benchmarks import keep, quartiles, shown
+from benchmarks import keep, quartiles_of, shown
 from benchmarks.moe import their_model
 from compass import CONFIGS, Compass
 from data import market
@@ -192,7 +192,7 @@ def main():
         for rows, accumulate in ((ROWS, 1), (2, ROWS // 2), (1, ROWS)):
             speeds[f"trl, packed, {rows} x {accumulate} rows, {experts}"] = trl_speed(config, packed.samples, experts, rows, accumulate)
     results = {
-        "valid tokens/s": {name: quartiles(steps) for name, steps in speeds.items()},
+        "valid tokens/s": quartiles_of(speeds),
         "filled": {name: valid / places for name, (valid, places) in seen.items()},
         "loss": loss_difference(model, packed), "bins": bins(),
     }  # fmt: skip

@@ -34,8 +34,9 @@ def write_shard(run, job):
     tokenizer = tokenizer_of(run)
     with open(target + ".tokens.part", "wb") as file:
         for document in documents_of(source):
-            blank += not document["text"].strip()
-            if document["text"].strip() and not held_out(document["text"]):
+            if not document["text"].strip():
+                blank += 1
+            elif not held_out(document["text"]):
                 ids = np.array([*tokenizer.encode(document["text"]), tokenizer.special["<|endoftext|>"]], "<u4")
                 file.write(ids.tobytes())
                 at += len(ids)

@@ -160,6 +160,16 @@ def test_the_average_of_the_members_is_saved(micro_model, tmp_path):
     assert state["step"] == 7 and not torch.equal(model.value.weight, members[0].value.weight)
 
 
+def test_a_member_that_is_not_finite_is_named_and_not_averaged(micro_model, tmp_path):
+    for i, member in enumerate((RewardModel(copy.deepcopy(micro_model)), RewardModel(copy.deepcopy(micro_model)))):
+        if i:
+            torch.nn.init.constant_(member.backbone.norm.weight, torch.nan)
+        save_checkpoint(str(tmp_path / f"reward/{i}" / "step_7.pt"), member, step=7, stage=f"reward/{i}", tokenizer_hash="", seed=0)
+    with pytest.raises(ValueError, match="reward/1/step_7.pt: tensor backbone.norm.weight is not finite"):
+        average_members(str(tmp_path), ["reward/0", "reward/1"], torch.device("cpu"), 0)
+    assert not list(tmp_path.glob("reward/step_*.pt"))
+
+
 def test_members_start_from_one_head(micro_model):
     heads = [RewardModel(micro_model, seed).value.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
